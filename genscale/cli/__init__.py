@@ -1,0 +1,1 @@
+"""What the entry points call; the only room that knows Hydra."""

@@ -1,0 +1,1 @@
+"""Images in, batches with global sample ids out."""

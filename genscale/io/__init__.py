@@ -1,0 +1,1 @@
+"""Files: checkpoints of other programs, images, npz."""

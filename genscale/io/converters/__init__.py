@@ -1,0 +1,1 @@
+"""Official state-dict keys <-> ours, one module a family."""

@@ -1,0 +1,1 @@
+"""Metrics with mergeable state; every value stands beside its protocol."""

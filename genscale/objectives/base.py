@@ -1,0 +1,160 @@
+"""The contract of an objective, and what passes between objectives, guidance and samplers.
+
+A network's parameterisation (noise, velocity, ...) is known to its objective alone. Samplers,
+guidance and search see a :class:`Denoiser`: (noisy sample, level) -> clean and noise estimates.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from genscale.backbones.base import Backbone
+from genscale.conditioning.base import Conditioning
+from genscale.rng import StepRandom
+
+if TYPE_CHECKING:
+    from genscale.objectives.schedule import NoiseProcess
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A noise level: x_t = alpha x_0 + sigma eps.
+
+    The numbers are float64 and stay on the CPU, so that schedules are exact and that guidance
+    can branch on them without waiting for a device. Shape ``(B,)``, or ``(1,)`` when all
+    particles share one level (networks then compute their time embedding once).
+
+    Attributes:
+        alpha: signal coefficient.
+        sigma: noise coefficient.
+        time: the noising process's own time, where the caller knows it; None lets the objective
+            find the time of equal signal-to-noise ratio.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    time: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.alpha)
+
+    @property
+    def log_snr(self) -> Tensor:
+        """Lambda = log(alpha / sigma) (half the log of the signal-to-noise ratio)."""
+        return torch.log(self.alpha) - torch.log(self.sigma)
+
+    def select(self, index: Tensor) -> Level:
+        """Take rows; a shared level stays shared."""
+        if len(self) == 1:
+            return self
+        return Level(
+            self.alpha[index], self.sigma[index], None if self.time is None else self.time[index]
+        )
+
+    def expand(self, n: int) -> Level:
+        """Give a shared level one row a particle."""
+        if len(self) == n:
+            return self
+        return Level(
+            self.alpha.expand(n),
+            self.sigma.expand(n),
+            None if self.time is None else self.time.expand(n),
+        )
+
+
+def on(value: Tensor, like: Tensor) -> Tensor:
+    """Put per-particle numbers ``(B,)`` or ``(1,)`` on ``like``'s device and dtype, broadcastable.
+
+    Returns shape ``(B or 1, 1, ..., 1)`` with as many axes as ``like``.
+    """
+    value = value.to(device=like.device, dtype=like.dtype, non_blocking=True)
+    return value.view(-1, *([1] * (like.dim() - 1)))
+
+
+@dataclass(slots=True)
+class Prediction:
+    """What a denoiser says of x_t.
+
+    Attributes:
+        clean: estimate of x_0, shaped as x_t.
+        noise: estimate of eps. For one network it satisfies x_t = alpha clean + sigma noise;
+            guidance may break the tie (CFG++ re-noises with the unconditional one).
+        memory: what to hand to the next call.
+        cost: ``(B,)`` float64 on the CPU: network evaluations spent on each particle.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    memory: Any = None
+    cost: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+
+
+class Denoiser(ABC):
+    """The one signature that samplers call.
+
+    Attributes:
+        process: the noising process whose levels the model was trained on.
+        sample_shape: shape of one sample, ``(C, H, W)``.
+        device: where samples live.
+    """
+
+    process: NoiseProcess
+    sample_shape: tuple[int, ...]
+    device: torch.device
+
+    @abstractmethod
+    def __call__(
+        self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
+    ) -> Prediction:
+        """Estimate clean sample and noise of ``x`` ``(B, ...)``, float32 or float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A prepared training batch.
+
+    Shapes:
+        clean: ``(B, C, H, W)`` float32 latents or pixels x_0.
+        cond: conditions, drop-out already applied.
+        position: ``(B,)`` int64 global stream positions; all randomness is keyed by them.
+    """
+
+    clean: Tensor
+    cond: Conditioning
+    position: Tensor
+
+
+@dataclass(slots=True)
+class LossOutput:
+    """A loss with its parts.
+
+    Attributes:
+        loss: scalar to differentiate.
+        terms: detached scalars to log, by name.
+        per_sample: ``(B,)`` detached.
+        t: ``(B,)`` times of the noising process, for loss-by-time plots.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    per_sample: Tensor
+    t: Tensor
+
+
+class Objective(ABC):
+    """What is learned. Frozen settings, no state, no parameters."""
+
+    process: NoiseProcess
+
+    @abstractmethod
+    def loss(self, backbone: Backbone, batch: Batch, rng: StepRandom) -> LossOutput:
+        """Compute the training loss of a batch; noise and time come from ``rng`` alone."""
+
+    @abstractmethod
+    def view(self, backbone: Backbone) -> Denoiser:
+        """Return the generator view of a trained backbone."""

@@ -1,0 +1,1 @@
+"""How a trajectory advances, one step at a time."""
