@@ -1,0 +1,110 @@
+"""Reading weight files safely: nothing in a file is ever executed, and damage is reported."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genscale.errors import CheckpointError, did_you_mean
+
+
+def read_checkpoint(path: Path | str) -> dict[str, Any]:
+    """Read a ``.safetensors`` or torch file of tensors and plain containers, onto the CPU.
+
+    Torch files are memory-mapped and read with ``weights_only=True``.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or holds objects other than tensors and
+            plain containers (loading those would run code from the file).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"No weight file at {path}. Give the path of an existing file.")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _damaged(path) from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error) and "Unsupported" in str(error):
+            raise CheckpointError(
+                f"{path} holds Python objects that would run code when loaded; only tensors and "
+                "plain containers are read. Re-save it as a state dict, best as .safetensors."
+            ) from error
+        raise _damaged(path) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError) as error:
+        raise _damaged(path) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, but a dict of tensors was expected. "
+            "Save a state dict."
+        )
+    return content
+
+
+def _is_zip(path: Path) -> bool:
+    return zipfile.is_zipfile(path)
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged or no weight file: a complete torch or safetensors file was expected, "
+        f"{path.stat().st_size} bytes were found. Copy it again, or use an earlier checkpoint."
+    )
+
+
+def load_strictly(
+    module: nn.Module, state: dict[str, Tensor], *, source: Path | str, hint: str = ""
+) -> None:
+    """Load a state dict whose keys and shapes must all match; nothing is loaded otherwise.
+
+    Raises:
+        CheckpointError: names the counts and the first differing key.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    if missing or unexpected:
+        first = (missing or unexpected)[0]
+        raise CheckpointError(
+            f"{len(missing)} missing, {len(unexpected)} unexpected keys for "
+            f"{type(module).__name__} in {source} (first: {first}). "
+            f"The file belongs to a model of other settings.{' ' + hint if hint else ''}"
+        )
+    wrong = [name for name in own if own[name].shape != state[name].shape]
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{len(wrong)} tensors in {source} have other shapes than {type(module).__name__} "
+            f"(first: {name} is {tuple(state[name].shape)}, the model expects "
+            f"{tuple(own[name].shape)}).{' ' + hint if hint else ''}"
+        )
+    module.load_state_dict(state, strict=True)
+
+
+def below(state: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    """Return the entries whose key starts with ``prefix``, the prefix removed."""
+    return {
+        name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)
+    }
+
+
+def check_choice(what: str, given: str, known: Iterable[str]) -> None:
+    """Raise a :class:`CheckpointError` unless ``given`` is one of ``known``."""
+    options = list(known)
+    if given not in options:
+        raise CheckpointError(
+            f"{what} must be one of {', '.join(options)}, but '{given}' was given."
+            f"{did_you_mean(given, options)}"
+        )

@@ -1,0 +1,169 @@
+"""The Lightning module of every generative model: prepare a batch, ask the objective, step."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from genscale import rng
+from genscale.autoencoders.base import Autoencoder
+from genscale.backbones.base import Backbone
+from genscale.conditioning.base import Conditioning
+from genscale.objectives.base import Batch, Objective
+from genscale.rng import Purpose
+from genscale.training.ema import EMA
+from genscale.training.lr_schedule import Schedule
+from genscale.training.optim import AdamW
+
+
+class GenerativeModule(pl.LightningModule):
+    """A backbone, its frozen average, and what is needed to train it.
+
+    Progress is counted in optimizer steps and samples seen. All randomness is keyed by the run's
+    seed and each sample's global stream position, so neither the number of processes nor an
+    interruption changes the training run.
+
+    Args:
+        model: the backbone.
+        autoencoder: pixels <-> latents; frozen and not part of the checkpoint.
+        objective: the loss.
+        optimizer: factory of the optimizer.
+        lr_schedule: factor of the learning rate by step.
+        ema: law of the weight average.
+        batch_size: samples of one optimizer step over all processes.
+        condition_dropout: share of samples trained with the null condition.
+        seed: seed of everything random.
+        compile_blocks: compile each block of the backbone in place.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Backbone,
+        autoencoder: Autoencoder,
+        objective: Objective,
+        optimizer: AdamW,
+        lr_schedule: Schedule,
+        ema: EMA,
+        batch_size: int,
+        condition_dropout: float = 0.0,
+        seed: int = 0,
+        compile_blocks: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        # held in a tuple: not a submodule, so that its weights stay out of checkpoints and DDP
+        self._frozen = (autoencoder.requires_grad_(False).eval(),)
+        self.objective = objective
+        self.optimizer_factory = optimizer
+        self.lr_schedule = lr_schedule
+        self.ema_law = ema
+        self.batch_size = batch_size
+        self.condition_dropout = condition_dropout
+        self.seed = seed
+        self.compile_blocks = compile_blocks
+        self.step = 0  # optimizer steps taken, skipped ones included
+        self.terms: dict[str, Tensor] = {}  # of the last batch: detached, on the device
+        self.gradient_norm: Tensor | None = None
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The frozen autoencoder, on this module's device."""
+        return self._frozen[0].to(self.device)
+
+    @property
+    def samples_seen(self) -> int:
+        """Training samples consumed so far, over all processes."""
+        return self.step * self.batch_size
+
+    def configure_model(self) -> None:
+        """Compile the blocks in place (keys stay clean); Lightning may call this more than once."""
+        if self.compile_blocks:
+            for module in self.model.modules():
+                if type(module).__name__ in self.model.block_classes:
+                    module.compile()
+            self.compile_blocks = False
+
+    def train(self, mode: bool = True) -> GenerativeModule:
+        """Switch modes; the average always stays in eval mode."""
+        super().train(mode)
+        self.ema.eval()
+        return self
+
+    def on_train_start(self) -> None:
+        """Enter training mode whatever mode the model was built in."""
+        self.train()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed torch's own generator by step: drop-out inside a network is then resumable too."""
+        micro_step = batch_idx % self.trainer.accumulate_grad_batches
+        seed = rng.key(self.seed, self.step, micro_step, self.global_rank, Purpose.NETWORK)
+        torch.manual_seed(int(seed) & 0x7FFFFFFFFFFFFFFF)
+
+    @torch.no_grad()
+    def prepare(self, raw: dict[str, Tensor]) -> Batch:
+        """Turn a raw batch (uint8 ``image``, ``label``, ``position``) into a training batch."""
+        position = raw["position"]
+        images = raw["image"].float().div_(127.5).sub_(1.0)
+        cond = Conditioning(labels=raw["label"]) if "label" in raw else Conditioning()
+        if self.condition_dropout > 0 and len(cond):
+            draws = rng.for_step(self.seed, position).uniform(Purpose.DROP)
+            cond = cond.drop(draws < self.condition_dropout)
+        return Batch(clean=self.autoencoder.encode(images), cond=cond, position=position)
+
+    def training_step(self, raw: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss; its terms wait on the device until the next log."""
+        batch = self.prepare(raw)
+        out = self.objective.loss(self.model, batch, rng.for_step(self.seed, batch.position))
+        self.terms = {"loss": out.loss.detach(), **out.terms}
+        return out.loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm, keep the norm, and mark a non-finite step to be skipped.
+
+        Gradients are already reduced, so every process sees the same norm and skips together.
+        """
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        limit = float(gradient_clip_val or 0.0) or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        self.gradient_norm = norm.detach()
+        # read by fused optimizers on the device: no host sync to skip a step
+        optimizer.found_inf = (~torch.isfinite(self.gradient_norm)).float()  # type: ignore[attr-defined]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then count: callbacks of this batch see the new count."""
+        super().optimizer_step(*args, **kwargs)
+        self.step += 1
+        self.trainer.datamodule.samples_seen = self.samples_seen  # type: ignore[attr-defined]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Build the optimizer and its schedule, stepped once an optimizer step."""
+        optimizer = self.optimizer_factory.build(self.model)
+        schedule = self.lr_schedule.build(optimizer, self.trainer.max_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store progress and the seed beside the weights."""
+        checkpoint["genscale"] = {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "seed": self.seed,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue counting where the checkpoint stopped."""
+        self.step = int(checkpoint["genscale"]["step"])

@@ -1,0 +1,57 @@
+"""Optimizer factories: settings in, a torch optimizer over a model's parameters out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from genscale.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamW:
+    """AdamW with decoupled weight decay (arXiv:1711.05101), fused into one kernel a step.
+
+    Parameters that the model names in ``no_weight_decay()`` get no decay; all others do,
+    biases and norms included, as in DiT's, U-ViT's and DiMR's recipes.
+
+    Args:
+        lr: peak learning rate.
+        betas: decay rates of the first and second moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay a step, multiplied by the learning rate.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ConfigError(
+                f"optim.lr must be positive, but {self.lr} was given. Give e.g. optim.lr=1e-4."
+            )
+
+    def build(self, model: nn.Module) -> Optimizer:
+        """Return the optimizer over the trainable parameters of ``model``."""
+        exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+        decayed, plain = [], []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                (plain if name in exempt else decayed).append(parameter)
+        groups = [
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        # fused also lets a non-finite step be skipped on the device, without a host sync
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=self.lr,
+            betas=tuple(self.betas),
+            eps=self.eps,
+            fused=True,
+        )
