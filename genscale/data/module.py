@@ -1,0 +1,246 @@
+"""The data module: batches with global positions, the same for any split over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from genscale.data.base import ImageDataset
+from genscale.data.stream import GlobalStream, StreamBatchSampler
+from genscale.errors import CheckpointError, ConfigError, DataError, ParallelError
+from genscale.rng import Purpose, for_step
+
+UNLABELLED = -1  # label of every sample of a set without labels: the null class
+
+
+class ImageDataModule(LightningDataModule):
+    """Feeds a training run from a :class:`~genscale.data.stream.GlobalStream`.
+
+    The one number that says where a run stands is :attr:`samples_seen`. The training loop sets it
+    after every optimizer step; it is saved with the checkpoint and, on resume, restored before
+    the loader is asked for. The loader itself never moves it: workers read ahead, and what was
+    read ahead has not been trained on.
+
+    Args:
+        train: pictures to train on.
+        heldout: pictures of the same size and classes to compare with, or None.
+        batch_size: samples of one optimizer step, over all processes and accumulated
+            micro-batches.
+        num_workers: processes that read ahead; 0 reads in the training process.
+        flip: mirror every sample left to right with probability 1/2, keyed by its position.
+        seed: the run's seed.
+        accumulate: micro-batches of one optimizer step on each process. None takes the attached
+            trainer's ``accumulate_grad_batches``, and 1 without a trainer; give it where the
+            training loop accumulates by itself.
+        name: word for run folders; the train set's by default.
+
+    Attributes:
+        samples_seen: samples trained on so far; a plain int.
+
+    Raises:
+        DataError: if train and heldout differ in size, channels or classes.
+        ConfigError: if batch_size or num_workers is out of range.
+    """
+
+    def __init__(
+        self,
+        train: ImageDataset,
+        heldout: ImageDataset | None = None,
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        flip: bool = False,
+        seed: int = 0,
+        accumulate: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} is below 1. Give the samples of one step.")
+        if num_workers < 0:
+            raise ConfigError(
+                f"data.num_workers={num_workers} is negative. Give 0 to read in the training "
+                "process, or the number of reading processes."
+            )
+        if heldout is not None:
+            _check_alike(train, heldout)
+        self.train = train
+        self.heldout = heldout
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.flip = flip
+        self.seed = seed
+        self.accumulate = accumulate
+        self.samples_seen = 0
+        self.name = name or train.name
+
+    @property
+    def channels(self) -> int:
+        """Channels of a picture: 1 or 3."""
+        return self.train.channels
+
+    @property
+    def resolution(self) -> int:
+        """Height and width of a picture."""
+        return self.train.resolution
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for an unlabelled set."""
+        return self.train.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name a class."""
+        return self.train.class_names
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the train set."""
+        return self.train.fingerprint()
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the endless loader of this process, from position ``samples_seen`` on.
+
+        A batch is ``{"image": uint8 (B, C, H, W), "label": int64 (B,), "position": int64 (B,)}``
+        where B is the micro-batch of this process. Labels are -1 (the null class) throughout
+        where the set has none.
+
+        Raises:
+            ParallelError: if ``batch_size`` does not divide over processes and micro-batches, or
+                processes see different data.
+        """
+        rank, world_size, accumulate = self._split()
+        if world_size > 1:
+            _check_same_data(self.train)
+        sampler = StreamBatchSampler(
+            GlobalStream(len(self.train), self.seed),
+            global_batch_size=self.batch_size,
+            rank=rank,
+            world_size=world_size,
+            start_position=self.samples_seen,
+            accumulate=accumulate,
+        )
+        on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return DataLoader(
+            _Samples(self.train, self.seed, self.flip),
+            batch_sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=_keep,
+            pin_memory=on_cuda,
+            # workers are seeded from it; the default would draw from the global generator
+            generator=torch.Generator().manual_seed(self.seed),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _split(self) -> tuple[int, int, int]:
+        """Return (rank, world size, micro-batches a step)."""
+        if self.trainer is None:
+            return 0, 1, self.accumulate or 1
+        stated = self.trainer.accumulate_grad_batches
+        if self.accumulate is not None and stated not in (1, self.accumulate):
+            raise ParallelError(
+                f"The trainer accumulates {stated} micro-batches but the data module was made for "
+                f"accumulate={self.accumulate}. Give the number in one place only."
+            )
+        return self.trainer.global_rank, self.trainer.world_size, self.accumulate or stated
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: ``samples_seen`` and the data's fingerprint."""
+        return {"samples_seen": self.samples_seen, "fingerprint": self.fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore ``samples_seen``; Lightning calls this before it asks for the loader.
+
+        Raises:
+            CheckpointError: if the state does not hold ``samples_seen``.
+            DataError: if the checkpoint was trained on other pictures: positions would then
+                mean other samples.
+        """
+        if "samples_seen" not in state_dict:
+            raise CheckpointError(
+                "The checkpoint's data state has no 'samples_seen' (found: "
+                f"{', '.join(sorted(state_dict)) or 'nothing'}). It was not written by this data "
+                "module; start a new run."
+            )
+        stated = state_dict.get("fingerprint", self.fingerprint())
+        if stated != self.fingerprint():
+            raise DataError(
+                f"The checkpoint was trained on data with fingerprint {stated[:12]}, but this "
+                f"data set '{self.name}' has {self.fingerprint()[:12]}: pictures, labels, size or "
+                "split changed. Bring the data back, or start a new run."
+            )
+        self.samples_seen = int(state_dict["samples_seen"])
+
+
+class _Samples(Dataset[dict[str, Tensor]]):
+    """Turns (position, row) pairs into a batch; what worker processes receive."""
+
+    def __init__(self, images: ImageDataset, seed: int, flip: bool) -> None:
+        self._images = images
+        self._seed = seed
+        self._flip = flip
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, pair: tuple[int, int]) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([pair]).items()}
+
+    def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        # the loader fetches a whole batch through this method where a data set has it
+        position, rows = torch.tensor(pairs, dtype=torch.int64).unbind(1)
+        images = self._images.images(rows)
+        if self._flip:
+            mirrored = for_step(self._seed, position).uniform(Purpose.FLIP) < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        labels = self._images.labels
+        label = torch.full_like(rows, UNLABELLED) if labels is None else labels[rows]
+        return {"image": images, "label": label, "position": position}
+
+
+def _keep(batch: Any) -> Any:
+    """Collate nothing: ``_Samples`` returns whole batches."""
+    return batch
+
+
+def check_num_classes(images: ImageDataset, stated: int | None) -> None:
+    """Raise a ``ConfigError`` if the configured number of classes is not the data's.
+
+    Args:
+        images: the data set.
+        stated: ``data.num_classes``; None takes whatever the data has.
+    """
+    if stated is not None and stated != images.num_classes:
+        raise ConfigError(
+            f"data.num_classes={stated}, but '{images.name}' has {images.num_classes} classes. "
+            f"Set data.num_classes={images.num_classes}."
+        )
+
+
+def _check_alike(train: ImageDataset, heldout: ImageDataset) -> None:
+    for attribute in ("channels", "resolution", "class_names"):
+        ours, theirs = getattr(train, attribute), getattr(heldout, attribute)
+        if ours != theirs:
+            raise DataError(
+                f"The train and held-out pictures of '{train.name}' differ in {attribute}: "
+                f"{ours} and {theirs}. Prepare both alike."
+            )
+
+
+def _check_same_data(images: ImageDataset) -> None:
+    """Raise on every process if processes hold different pictures (a folder half copied)."""
+    if not torch.distributed.is_initialized():
+        return
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, (len(images), images.fingerprint()))
+    if len(set(found)) > 1:
+        told = "; ".join(f"rank {i}: {n} pictures, {f[:12]}" for i, (n, f) in enumerate(found))
+        raise ParallelError(
+            f"Processes read different data for '{images.name}' ({told}). "
+            "Give every machine the same folder."
+        )
