@@ -77,7 +77,8 @@ class Backbone(ModelMixin, ConfigMixin):
     def num_parameters_by_block(self) -> dict[str, int]:
         """Count parameters by direct child module, for the start-up table."""
         counts = {
-            name: sum(p.numel() for p in child.parameters()) for name, child in self.named_children()
+            name: sum(p.numel() for p in child.parameters())
+            for name, child in self.named_children()
         }
         own = sum(p.numel() for p in self.parameters(recurse=False))
         return {**counts, **({"(own)": own} if own else {})}

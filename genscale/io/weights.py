@@ -95,9 +95,7 @@ def load_strictly(
 
 def below(state: dict[str, Any], prefix: str) -> dict[str, Tensor]:
     """Return the entries whose key starts with ``prefix``, the prefix removed."""
-    return {
-        name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)
-    }
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
 def check_choice(what: str, given: str, known: Iterable[str]) -> None:

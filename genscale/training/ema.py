@@ -28,7 +28,9 @@ class EMA(ABC):
         weight = 1.0 - self.decay_at(step)
         targets = [p.detach() for p in average.parameters()]
         sources = [p.detach() for p in model.parameters()]
-        torch._foreach_lerp_(targets, [s.to(t.dtype) for s, t in zip(sources, targets, strict=True)], weight)
+        torch._foreach_lerp_(
+            targets, [s.to(t.dtype) for s, t in zip(sources, targets, strict=True)], weight
+        )
         for target, source in zip(average.buffers(), model.buffers(), strict=True):
             target.copy_(source)
 

@@ -1,0 +1,70 @@
+"""A run read back by the command line: its pipeline, with sampler and guidance as asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from genscale.assembly import build
+from genscale.cli.app import instantiate
+from genscale.pipeline import GenerationPipeline
+from genscale.runs import RunFolder
+
+
+def inherit(node: DictConfig, own: dict[str, Any]) -> dict[str, Any]:
+    """Return the run's own settings with the numbers given on the command line put in.
+
+    ``sampler=run sampler.steps=30`` changes the steps of the run's sampler; a group that names a
+    ``_target_`` replaces the run's settings altogether.
+    """
+    given: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
+    if given.get("_target_"):
+        return given
+    changes = {name: value for name, value in given.items() if value is not None}
+    if changes and own["_target_"].endswith(".Unguided"):
+        own = {"_target_": "genscale.guidance.cfg.ClassifierFree"}
+    return {**own, **changes}
+
+
+def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], dict[str, Any]]:
+    """Load ``cfg.run`` (a run or an exported folder).
+
+    Returns:
+        the pipeline, and the settings of its sampler and guidance as used.
+    """
+    device = cfg.device
+    exported = (Path(str(cfg.run)).expanduser() / "genscale.json").is_file()
+    if exported:
+        import json
+
+        own = json.loads((Path(str(cfg.run)).expanduser() / "genscale.json").read_text())
+        pipeline = GenerationPipeline.from_pretrained(cfg.run, device)
+    else:
+        own = RunFolder.open(cfg.run).config()
+        pipeline = GenerationPipeline.from_run(
+            cfg.run, checkpoint=cfg.checkpoint, weights=cfg.weights, device=device
+        )
+    sampler = inherit(cfg.sampler, own["sampler"])
+    guidance = inherit(cfg.guidance, own["guidance"])
+    pipeline.sampler = instantiate(OmegaConf.create(sampler), "sampler")
+    pipeline.guidance = instantiate(OmegaConf.create(guidance), "guidance")
+    pipeline.set_precision(cfg.precision)
+    return pipeline, sampler, guidance
+
+
+def datasets_of(run: str) -> Any:
+    """Build the data module a run was trained on, for its reference images."""
+    return build(RunFolder.open(run).config()["data"], path="data")
+
+
+def output_folder(cfg: DictConfig, kind: str) -> Path:
+    """Return where results go: ``out_dir``, or a stamped folder inside the run."""
+    from genscale.runs import stamp
+
+    if cfg.out_dir:
+        return Path(cfg.out_dir).expanduser()
+    exported = Path(str(cfg.run)).expanduser()
+    base = exported if (exported / "genscale.json").is_file() else RunFolder.open(cfg.run).path
+    return base / kind / stamp()

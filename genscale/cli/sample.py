@@ -1,0 +1,128 @@
+"""``python sample.py``: samples of a run as a grid, single pictures, or an npz."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from genscale.errors import ConfigError, did_you_mean
+
+FORMATS = ("grid", "png", "npz")
+
+
+def run(cfg: DictConfig) -> None:
+    """Generate ``num_samples`` samples and write them in ``format``."""
+    if cfg.format not in FORMATS:
+        raise ConfigError(
+            f"format must be one of {', '.join(FORMATS)}, but '{cfg.format}' was given."
+            f"{did_you_mean(str(cfg.format), FORMATS)}"
+        )
+    from genscale import dist
+    from genscale.cli.loading import load_pipeline, output_folder
+    from genscale.io.files import write_json
+
+    rank, world_size = dist.initialise()
+    started = time.perf_counter()
+    pipeline, sampler, guidance = load_pipeline(cfg)
+    ids, images, labels, nfe = collect(cfg, pipeline, rank=rank, world_size=world_size)
+    if rank == 0:
+        folder = output_folder(cfg, "samples")
+        folder.mkdir(parents=True, exist_ok=True)
+        written = _write(cfg, folder, pipeline, images, labels)
+        record = {
+            "run": str(cfg.run),
+            "checkpoint": str(cfg.checkpoint),
+            "weights": cfg.weights,
+            "num_samples": len(ids),
+            "labels": OmegaConf.to_container(cfg.labels)
+            if OmegaConf.is_config(cfg.labels)
+            else cfg.labels,
+            "seed": cfg.seed,
+            "sampler": sampler,
+            "guidance": guidance,
+            "precision": cfg.precision,
+            "nfe_per_sample": float(nfe.mean()),
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+        write_json(folder / "samples.json", record)
+        print(
+            f"{len(ids)} samples, {record['nfe_per_sample']:g} network evaluations each: {written}"
+        )
+    dist.finish()
+
+
+def label_law(cfg: DictConfig) -> Any:
+    """Return ``cfg.labels`` as plain Python."""
+    if OmegaConf.is_config(cfg.labels):
+        return OmegaConf.to_container(cfg.labels)
+    return [cfg.labels] if isinstance(cfg.labels, int) else cfg.labels
+
+
+def collect(cfg: DictConfig, pipeline: Any, *, rank: int, world_size: int) -> tuple[Any, ...]:
+    """Generate this process's share with a progress bar and join all shares by sample id.
+
+    Returns:
+        ids ``(n,)``, images uint8 ``(n, C, H, W)``, labels ``(n,)`` (-1 where there are none),
+        network evaluations ``(n,)``.
+    """
+    import torch
+
+    from genscale import dist
+    from genscale.cli.progress import track
+
+    stream = pipeline.stream(
+        num_samples=cfg.num_samples,
+        labels=label_law(cfg),
+        seed=cfg.seed,
+        batch_size=cfg.batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+    share = cfg.num_samples * (rank + 1) // world_size - cfg.num_samples * rank // world_size
+    batches = list(track(stream, "sampling", total=share, show=rank == 0))
+    if batches:
+        labels = [b.labels if b.labels is not None else torch.full_like(b.ids, -1) for b in batches]
+        parts = (
+            torch.cat([b.ids for b in batches]),
+            torch.cat([b.images for b in batches]),
+            torch.cat(labels),
+            torch.cat([b.nfe for b in batches]),
+        )
+    else:
+        empty = torch.zeros(0, dtype=torch.int64)
+        shape = pipeline.image_shape
+        images = torch.zeros((0, *shape), dtype=torch.uint8)
+        parts = (empty, images, empty, empty.double())
+    return dist.gather_rows(*parts)
+
+
+def _write(cfg: DictConfig, folder: Path, pipeline: Any, images: Any, labels: Any) -> Path:
+    """Write the samples in the format asked for and return the path to name."""
+    from genscale.io.images import save_grid, save_npz, save_png
+
+    if cfg.format == "npz":
+        path = folder / "samples.npz"
+        arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
+        save_npz(path, arrays, labels.numpy() if bool((labels >= 0).all()) else None)
+        return path
+    if cfg.format == "png":
+        width = max(len(str(len(images) - 1)), 5)
+        for i, image in enumerate(images):
+            suffix = f"_class{int(labels[i])}" if int(labels[i]) >= 0 else ""
+            save_png(image, folder / f"{i:0{width}d}{suffix}.png")
+        return folder
+    path = folder / "grid.png"
+    save_grid(images, path, columns=grid_columns(cfg, pipeline))
+    return path
+
+
+def grid_columns(cfg: DictConfig, pipeline: Any) -> int | None:
+    """Return a width that puts one class in every column where the labels allow it."""
+    law = label_law(cfg)
+    count = len(law) if isinstance(law, list) else pipeline.num_classes if law == "balanced" else 0
+    if count == 2:
+        return 8
+    return count if 3 <= count <= 16 else None

@@ -1,0 +1,49 @@
+"""Several processes sampling or evaluating one set: who does what, and how parts come together."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def initialise() -> tuple[int, int]:
+    """Join the group described by ``RANK``/``WORLD_SIZE`` (torchrun, SLURM); return both.
+
+    One process without these variables is (0, 1) and needs no group.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return dist.get_rank(), world_size
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every process's value, in rank order, on every process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value)
+    return parts
+
+
+def gather_rows(ids: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+    """Join rows of all processes and sort them by id; every process gets them all."""
+    parts = gather_objects((ids.cpu(), *[column.cpu() for column in columns]))
+    joined = [torch.cat(items) for items in zip(*parts, strict=True)]
+    order = torch.argsort(joined[0])
+    return tuple(item[order] for item in joined)
+
+
+def finish() -> None:
+    """Leave the group, if one was joined."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,287 @@
+"""Load a trained run or an exported folder and generate from Python.
+
+``sample.py``, ``evaluate.py`` and the training callbacks use this one class, so what the sample
+grid shows is what the evaluation measures.
+
+    pipeline = GenerationPipeline.from_run("outputs/latest")
+    images = pipeline.generate(num_samples=8, labels=[3, 7], seed=0)   # uint8 (8, C, H, W)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from genscale import rng
+from genscale.assembly import build
+from genscale.autoencoders.base import Autoencoder
+from genscale.backbones.base import Backbone
+from genscale.conditioning.base import Conditioning
+from genscale.conditioning.labels import LabelLaw, labels_for
+from genscale.errors import CheckpointError, ConfigError
+from genscale.guidance.base import Guidance
+from genscale.io.files import atomic_write
+from genscale.io.images import to_uint8
+from genscale.io.weights import below, check_choice, load_strictly, read_checkpoint
+from genscale.objectives.base import Objective
+from genscale.runs import RunFolder
+from genscale.samplers.base import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A batch of finished samples.
+
+    Shapes:
+        ids: ``(n,)`` int64 numbers of the samples in their set.
+        images: ``(n, C, H, W)`` uint8.
+        labels: ``(n,)`` int64, or None for an unconditional model.
+        nfe: ``(n,)`` network evaluations spent on each.
+    """
+
+    ids: Tensor
+    images: Tensor
+    labels: Tensor | None
+    nfe: Tensor
+
+
+class GenerationPipeline:
+    """A backbone, its autoencoder and objective, with default sampler and guidance.
+
+    Args:
+        model: the backbone, in eval mode.
+        autoencoder: latents -> pixels.
+        objective: what the backbone was trained for.
+        sampler: default sampler.
+        guidance: default guidance.
+        num_classes: classes the model knows; 0 for none.
+        class_names: their names, for captions.
+        precision: dtype of network and decoder; solver states stay float32.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Backbone,
+        autoencoder: Autoencoder,
+        objective: Objective,
+        sampler: Sampler,
+        guidance: Guidance,
+        num_classes: int = 0,
+        class_names: tuple[str, ...] = (),
+        precision: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        self.model = model
+        self.autoencoder = autoencoder
+        self.objective = objective
+        self.sampler = sampler
+        self.guidance = guidance
+        self.num_classes = num_classes
+        self.class_names = class_names
+        self.set_precision(precision)
+
+    def set_precision(self, precision: str) -> None:
+        """Choose the dtype of network and decoder: ``float32`` or ``bfloat16``."""
+        if precision not in ("float32", "bfloat16"):
+            raise ConfigError(
+                f"precision must be float32 or bfloat16, but {precision!r} was given."
+            )
+        self.precision = precision
+
+    @classmethod
+    def from_run(
+        cls,
+        run: str | Path,
+        *,
+        checkpoint: str | int | Path = "latest",
+        weights: Literal["ema", "raw"] = "ema",
+        device: str | torch.device | None = None,
+    ) -> GenerationPipeline:
+        """Load a run folder.
+
+        Args:
+            run: folder, for example ``outputs/latest``.
+            checkpoint: ``latest``, a step, or a file.
+            weights: the average, or the raw weights.
+            device: default is CUDA where present.
+
+        Raises:
+            ConfigError: no run there, or a config that names foreign code.
+            CheckpointError: no such checkpoint, damaged, or of another model.
+        """
+        check_choice("weights", weights, ("ema", "raw"))
+        folder = RunFolder.open(run)
+        path = folder.checkpoint(checkpoint)
+        state = read_checkpoint(path).get("state_dict")
+        if not isinstance(state, dict):
+            raise CheckpointError(
+                f"{path} holds no state_dict: a checkpoint of a genscale run was expected."
+            )
+        pipeline = cls.from_config(folder.config())
+        load_strictly(
+            pipeline.model,
+            below(state, "ema." if weights == "ema" else "model."),
+            source=path,
+            hint="Use the config.yaml of the run that wrote it.",
+        )
+        return pipeline.to(device)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> GenerationPipeline:
+        """Build an untrained pipeline from a resolved config (plain containers)."""
+        data = config.get("data_info", {})
+        return cls(
+            model=build(config["model"], path="model").eval(),
+            autoencoder=build(config["autoencoder"], path="autoencoder").eval(),
+            objective=build(config["objective"], path="objective"),
+            sampler=build(config["sampler"], path="sampler"),
+            guidance=build(config["guidance"], path="guidance"),
+            num_classes=int(data.get("num_classes") or 0),
+            class_names=tuple(data.get("class_names") or ()),
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device | None = None
+    ) -> GenerationPipeline:
+        """Load a folder written by :meth:`save_pretrained`.
+
+        Raises:
+            CheckpointError: a file is missing or belongs to another model.
+        """
+        folder = Path(folder).expanduser()
+        config_file = folder / "genscale.json"
+        if not config_file.is_file():
+            raise CheckpointError(
+                f"{folder} is no exported folder: genscale.json and model/ were expected. "
+                "Training writes one into <run>/export."
+            )
+        pipeline = cls.from_config(json.loads(config_file.read_text()))
+        weights = folder / "model" / "diffusion_pytorch_model.safetensors"
+        load_strictly(pipeline.model, read_checkpoint(weights), source=weights)
+        return pipeline.to(device)
+
+    def save_pretrained(self, folder: str | Path, config: dict[str, Any]) -> None:
+        """Write ``model/`` in diffusers' layout and ``genscale.json`` with the rest.
+
+        Args:
+            folder: created if missing.
+            config: the run's resolved config; only what sampling needs is kept.
+        """
+        folder = Path(folder)
+        self.model.save_pretrained(folder / "model")
+        kept = ("model", "autoencoder", "objective", "sampler", "guidance", "data_info")
+        with atomic_write(folder / "genscale.json") as temporary:
+            temporary.write_text(json.dumps({key: config[key] for key in kept}, indent=2) + "\n")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape ``(C, H, W)`` of a finished picture."""
+        channels, height, width = self.model.sample_shape
+        factor = self.autoencoder.downsample
+        channels = channels if factor == 1 else 3
+        return (channels, height * factor, width * factor)
+
+    def to(self, device: str | torch.device | None) -> GenerationPipeline:
+        """Move network and autoencoder; None picks CUDA where present."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(device)
+        self.autoencoder.to(device)
+        return self
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cond: Conditioning,
+        seeds: Tensor,
+        *,
+        sampler: Sampler | None = None,
+        guidance: Guidance | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run one batch of trajectories and decode it.
+
+        Args:
+            cond: conditions of B samples.
+            seeds: ``(B,)`` int64; a sample is a function of its seed and condition.
+            sampler: default is the pipeline's.
+            guidance: default is the pipeline's.
+
+        Returns:
+            images ``(B, C, H, W)`` float32 in about [-1, 1], and network evaluations ``(B,)``.
+        """
+        solver = sampler or self.sampler
+        view = (guidance or self.guidance).wrap(self.objective.view(self.model))
+        with self._autocast():
+            state = solver.run(view, cond.to(self.device), seeds)
+            images = self.autoencoder.decode(solver.finish(state))
+        return images.float(), state.nfe
+
+    def stream(
+        self,
+        *,
+        num_samples: int,
+        labels: LabelLaw = "balanced",
+        seed: int = 0,
+        batch_size: int = 64,
+        sampler: Sampler | None = None,
+        guidance: Guidance | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[Generated]:
+        """Yield the samples ``0 .. num_samples - 1`` of a set in batches, in order.
+
+        Sample i is a function of (seed, i) and its label: neither the batch size nor the number
+        of processes changes it. Process ``rank`` of ``world_size`` makes a contiguous share.
+        """
+        if num_samples < 1 or batch_size < 1:
+            raise ConfigError(
+                f"num_samples and batch_size must be positive, but {num_samples} and {batch_size} "
+                "were given."
+            )
+        start, stop = (num_samples * r // world_size for r in (rank, rank + 1))
+        for first in range(start, stop, batch_size):
+            ids = torch.arange(first, min(first + batch_size, stop))
+            classes = labels_for(labels, ids, num_classes=self.num_classes, seed=seed)
+            seeds = rng.sample_seeds(seed, first, len(ids))
+            images, nfe = self.sample(
+                Conditioning(labels=classes), seeds, sampler=sampler, guidance=guidance
+            )
+            yield Generated(ids, to_uint8(images).cpu(), classes, nfe)
+
+    def generate(
+        self,
+        *,
+        num_samples: int,
+        labels: LabelLaw = "balanced",
+        seed: int = 0,
+        batch_size: int = 64,
+        sampler: Sampler | None = None,
+        guidance: Guidance | None = None,
+    ) -> Tensor:
+        """Return ``num_samples`` images as uint8 ``(n, C, H, W)``; see :meth:`stream`."""
+        batches = self.stream(
+            num_samples=num_samples,
+            labels=labels,
+            seed=seed,
+            batch_size=batch_size,
+            sampler=sampler,
+            guidance=guidance,
+        )
+        return torch.cat([batch.images for batch in batches])

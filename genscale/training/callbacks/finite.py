@@ -1,0 +1,63 @@
+"""Counts steps skipped for a non-finite gradient, and stops when they follow one another."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from genscale.errors import GenscaleError
+from genscale.training.callbacks.base import StepCallback, due
+from genscale.training.module import GenerativeModule
+
+
+class FiniteGuard(StepCallback):
+    """Skipped steps are counted on the device; every ``every`` steps the counts are looked at.
+
+    The skip itself happens inside the fused optimizer, on all processes alike.
+
+    Args:
+        max_in_row: stop after so many skipped steps in a row.
+        every: optimizer steps between looks.
+    """
+
+    def __init__(self, *, max_in_row: int, every: int) -> None:
+        self.max_in_row = max_in_row
+        self.every = max(every, 1)
+        self._skipped: Tensor | None = None  # in all
+        self._in_row: Tensor | None = None
+        self._worst: Tensor | None = None  # longest row since the last look
+
+    def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+        """Count, and raise when ``max_in_row`` steps in a row were skipped."""
+        if module.gradient_norm is None:
+            return
+        bad = (~torch.isfinite(module.gradient_norm)).long()
+        if self._skipped is None or self._in_row is None or self._worst is None:
+            self._skipped = self._in_row = self._worst = torch.zeros_like(bad)
+        self._skipped = self._skipped + bad
+        self._in_row = (self._in_row + 1) * bad
+        self._worst = torch.maximum(self._worst, self._in_row)
+        module.terms["skipped_steps"] = self._skipped
+        if due(module.step, min(self.every, self.max_in_row), trainer.max_steps):
+            if int(self._worst) >= self.max_in_row:
+                raise GenscaleError(self._message(module))
+            self._worst = self._in_row
+
+    def _message(self, module: GenerativeModule) -> str:
+        first = (module.step - 1) * module.batch_size
+        norms = {
+            name: float(
+                torch.stack(
+                    [p.grad.norm() for p in child.parameters() if p.grad is not None]
+                ).norm()
+            )
+            for name, child in module.model.named_children()
+            if any(p.grad is not None for p in child.parameters())
+        }
+        listed = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
+        return (
+            f"{self.max_in_row} optimizer steps in a row had a non-finite gradient, the last at step "
+            f"{module.step} (stream positions {first} to {first + module.batch_size - 1}; gradient "
+            f"norms by block: {listed}). Lower optim.lr, or look at these samples."
+        )

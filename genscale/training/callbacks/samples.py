@@ -1,0 +1,59 @@
+"""Sample grids with fixed seeds during training: the same noise and labels at every look."""
+
+from __future__ import annotations
+
+import time
+
+import lightning.pytorch as pl
+
+from genscale.io.images import save_grid
+from genscale.pipeline import GenerationPipeline
+from genscale.runs import RunFolder
+from genscale.training.callbacks.base import StepCallback, due
+from genscale.training.callbacks.log import TrainLog
+from genscale.training.module import GenerativeModule
+
+
+class SampleGrid(StepCallback):
+    """Writes ``samples/step-*.png`` from the averaged weights, on the first process.
+
+    Args:
+        pipeline: shares the module's average, so it always samples the current one.
+        run: the run folder.
+        every: optimizer steps between grids; 0 turns them off.
+        count: pictures a grid.
+        seed: seed of the set.
+        log: whose clock leaves out the time spent here.
+    """
+
+    def __init__(
+        self,
+        pipeline: GenerationPipeline,
+        run: RunFolder,
+        *,
+        every: int,
+        count: int,
+        seed: int,
+        log: TrainLog,
+    ) -> None:
+        self.pipeline = pipeline
+        self.run = run
+        self.every = every
+        self.count = count
+        self.seed = seed
+        self.log = log
+
+    def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+        """Write a grid when due."""
+        if not due(module.step, self.every, trainer.max_steps):
+            return
+        started = time.perf_counter()
+        if trainer.is_global_zero:
+            classes = self.pipeline.num_classes
+            columns = classes if 2 <= classes <= 16 else None
+            images = self.pipeline.generate(num_samples=self.count, seed=self.seed)
+            path = self.run.samples_dir / f"step-{module.step:08d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_grid(images, path, columns=columns)
+        trainer.strategy.barrier("samples")
+        self.log.exclude(time.perf_counter() - started)

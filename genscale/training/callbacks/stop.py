@@ -1,0 +1,57 @@
+"""SIGTERM and Ctrl-C end a run after the current step, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from genscale.training.callbacks.base import StepCallback
+from genscale.training.module import GenerativeModule
+
+
+class GracefulStop(StepCallback):
+    """Turns the first SIGTERM or SIGINT into a stop at the end of the step; a second one kills.
+
+    Processes agree on stopping every ``every`` steps, so that all save the same step.
+
+    Args:
+        every: steps between agreements where there are several processes.
+    """
+
+    def __init__(self, *, every: int) -> None:
+        self.every = max(every, 1)
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take over the two signals."""
+        super().on_train_start(trainer, pl_module)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+        """Ask the trainer to stop when a signal came, on any process."""
+        wanted = self.received
+        if trainer.world_size > 1:
+            if module.step % self.every:
+                return
+            flag = torch.tensor(wanted or 0, device=module.device)
+            wanted = int(trainer.strategy.reduce(flag, reduce_op="max")) or None
+        if wanted is not None:
+            self.received = wanted
+            trainer.should_stop = True
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
