@@ -100,9 +100,11 @@ def collect(cfg: DictConfig, pipeline: Any, *, rank: int, world_size: int) -> tu
 
 
 def _write(cfg: DictConfig, folder: Path, pipeline: Any, images: Any, labels: Any) -> Path:
-    """Write the samples in the format asked for and return the path to name."""
+    """Write a grid, and the samples in the format asked for; return the path to name."""
     from genscale.io.images import save_grid, save_npz, save_png
 
+    grid = folder / "grid.png"
+    save_grid(images, grid, columns=grid_columns(cfg, pipeline))
     if cfg.format == "npz":
         path = folder / "samples.npz"
         arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -112,11 +114,9 @@ def _write(cfg: DictConfig, folder: Path, pipeline: Any, images: Any, labels: An
         width = max(len(str(len(images) - 1)), 5)
         for i, image in enumerate(images):
             suffix = f"_class{int(labels[i])}" if int(labels[i]) >= 0 else ""
-            save_png(image, folder / f"{i:0{width}d}{suffix}.png")
+            save_png(folder / f"{i:0{width}d}{suffix}.png", image)
         return folder
-    path = folder / "grid.png"
-    save_grid(images, path, columns=grid_columns(cfg, pipeline))
-    return path
+    return grid
 
 
 def grid_columns(cfg: DictConfig, pipeline: Any) -> int | None:

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +95,11 @@ def _find_problems(cfg: DictConfig) -> None:
             f"condition_dropout must be in [0, 1], but {cfg.condition_dropout} was given."
         )
     for path in ("data", "objective", "sampler", "guidance", "optim", "lr_schedule", "ema"):
-        problems += _problem_of(lambda path=path: instantiate(cfg[path], path))
+        problems += _problem_of(partial(instantiate, cfg[path], path))
     if cfg.callbacks.metrics_every > 0:
         problems += instantiate(cfg.metrics, "metrics").check()
-    for name, node in cfg.logger.items():
-        module = node._target_.rpartition(".")[2]
-        problems += _problem_of(lambda: _require_logger(module), names=name)
+    for node in cfg.logger.values():
+        problems += _problem_of(partial(_require_logger, node._target_.rpartition(".")[2]))
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -110,7 +111,7 @@ def _require_logger(package: str) -> None:
         require(package, what=f"logger={package}", extra=package)
 
 
-def _problem_of(action: Any, names: str = "") -> list[str]:
+def _problem_of(action: Callable[[], object]) -> list[str]:
     try:
         action()
     except (GenscaleError, ImportError, FileNotFoundError) as error:

@@ -151,7 +151,7 @@ class Sampler(ABC):
         seeds: Tensor,
         noise: Tensor | None = None,
     ) -> State:
-        """Begin trajectories: unit-normal ``noise`` ``(B, ...)`` is drawn from ``seeds`` if None."""
+        """Begin from unit-normal ``noise`` ``(B, ...)``; None draws it from the seeds."""
 
     @abstractmethod
     def evaluate(self, model: Denoiser, state: State) -> State:
@@ -182,6 +182,6 @@ class Sampler(ABC):
     ) -> State:
         """Sample from start to end; the result's ``.x`` holds the samples."""
         state = self.start(model, cond, seeds, noise)
-        for state in self.steps(model, state):  # noqa: B020 - the last yield is the result
-            pass
+        while int(state.step.min()) < self.num_steps:
+            state = self.advance(model, state)
         return state

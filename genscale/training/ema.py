@@ -50,7 +50,8 @@ class ConstantEMA(EMA):
     def __post_init__(self) -> None:
         if not 0.0 <= self.decay < 1.0:
             raise ConfigError(
-                f"ema.decay must be in [0, 1), but {self.decay} was given. Give e.g. ema.decay=0.999."
+                f"ema.decay must be in [0, 1), but {self.decay} was given. "
+                "Give e.g. ema.decay=0.999."
             )
 
     def decay_at(self, step: int) -> float:

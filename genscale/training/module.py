@@ -14,6 +14,7 @@ from genscale import rng
 from genscale.autoencoders.base import Autoencoder
 from genscale.backbones.base import Backbone
 from genscale.conditioning.base import Conditioning
+from genscale.io.images import from_uint8
 from genscale.objectives.base import Batch, Objective
 from genscale.rng import Purpose
 from genscale.training.ema import EMA
@@ -110,7 +111,7 @@ class GenerativeModule(pl.LightningModule):
     def prepare(self, raw: dict[str, Tensor]) -> Batch:
         """Turn a raw batch (uint8 ``image``, ``label``, ``position``) into a training batch."""
         position = raw["position"]
-        images = raw["image"].float().div_(127.5).sub_(1.0)
+        images = from_uint8(raw["image"])
         cond = Conditioning(labels=raw["label"]) if "label" in raw else Conditioning()
         if self.condition_dropout > 0 and len(cond):
             draws = rng.for_step(self.seed, position).uniform(Purpose.DROP)

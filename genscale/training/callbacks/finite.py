@@ -46,6 +46,7 @@ class FiniteGuard(StepCallback):
 
     def _message(self, module: GenerativeModule) -> str:
         first = (module.step - 1) * module.batch_size
+        last = first + module.batch_size - 1
         norms = {
             name: float(
                 torch.stack(
@@ -57,7 +58,7 @@ class FiniteGuard(StepCallback):
         }
         listed = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
         return (
-            f"{self.max_in_row} optimizer steps in a row had a non-finite gradient, the last at step "
-            f"{module.step} (stream positions {first} to {first + module.batch_size - 1}; gradient "
-            f"norms by block: {listed}). Lower optim.lr, or look at these samples."
+            f"{self.max_in_row} optimizer steps in a row had a non-finite gradient, the last at "
+            f"step {module.step} (stream positions {first} to {last}; gradient norms by block: "
+            f"{listed}). Lower optim.lr, or look at these samples."
         )
