@@ -1,0 +1,126 @@
+"""The contract of a feature network: 8-bit pictures in, named feature vectors out."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from genscale.errors import DataError
+
+
+class FeatureNetwork(nn.Module, ABC):
+    """Maps pictures to feature vectors; constructed cheaply, weights are read by :meth:`prepare`.
+
+    Attributes:
+        name: word in metric names and protocols, for example ``inception`` in ``kid_inception``.
+        taps: feature names with their lengths; ``taps[tap]`` is :attr:`num_features`.
+        tap: the features that distances and neighbours use.
+        resize: what happens to the size of a picture first, as protocols call it.
+    """
+
+    name: str
+    taps: dict[str, int]
+    tap: str
+    resize: str
+
+    @property
+    def num_features(self) -> int:
+        """Length of the main feature vector."""
+        return self.taps[self.tap]
+
+    @property
+    @abstractmethod
+    def sha256(self) -> str:
+        """Hex digest of the weights, or of the recipe where there are none; needs `prepare`."""
+
+    @property
+    def description(self) -> str:
+        """How protocols name these features: the name with whatever changes the numbers."""
+        return self.name
+
+    def check(self) -> list[str]:
+        """Return a sentence for everything that is missing; empty when the network can run."""
+        return []
+
+    def prepare(self) -> None:
+        """Read the weights, once; raises where :meth:`check` would have complained."""
+
+    def fit(self, images: Tensor, labels: Tensor | None, fingerprint: str) -> None:
+        """Learn from the training split; only networks that ship without weights do so.
+
+        Args:
+            images: uint8 ``(n, C, H, W)``.
+            labels: ``(n,)`` int64, or None.
+            fingerprint: digest of the data, which becomes part of :attr:`sha256`.
+        """
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return every tap ``(B, length)`` of uint8 images ``(B, 1 or 3, H, W)``.
+
+        A row depends on its own picture alone (up to rounding of about 1e-6 where convolution
+        algorithms change with the batch size).
+        """
+
+
+@torch.no_grad()
+def extract(
+    network: FeatureNetwork, images: Tensor, taps: tuple[str, ...], *, batch_size: int = 256
+) -> dict[str, Tensor]:
+    """Run a network over many pictures and collect some taps on the CPU.
+
+    Args:
+        network: a prepared network.
+        images: uint8 ``(n, 1 or 3, H, W)``.
+        taps: names of the features to keep.
+        batch_size: pictures a pass.
+
+    Returns:
+        ``(n, length)`` float tensors by tap.
+    """
+    parts: dict[str, list[Tensor]] = {tap: [] for tap in taps}
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    for batch in check_images(images).split(batch_size):
+        output = network(batch.to(device))
+        for tap in taps:
+            parts[tap].append(output[tap].cpu())
+    return {tap: torch.cat(values) for tap, values in parts.items()}
+
+
+def check_images(images: Tensor) -> Tensor:
+    """Return ``images`` after checking that they are 8-bit pictures ``(B, 1 or 3, H, W)``.
+
+    Raises:
+        DataError: for another type, number of axes or channels.
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise DataError(
+            "Metrics read uint8 images of shape (B, 1 or 3, H, W), but got "
+            f"{images.dtype} of shape {tuple(images.shape)}. Quantise samples first, e.g. with "
+            "genscale.io.images.to_uint8."
+        )
+    return images
+
+
+def as_rgb(images: Tensor) -> Tensor:
+    """Repeat grey pictures ``(B, 1, H, W)`` to three channels; colour ones pass unchanged."""
+    return check_images(images).expand(-1, 3, -1, -1)
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of named tensors: equal for equal weights in any file format."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def file_sha256(path: str) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
