@@ -170,7 +170,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """Return the revision of the source tree, marked ``-dirty`` where files differ; None outside git."""
+    """Return the source tree's revision, ``-dirty`` where files differ; None outside git."""
     root = Path(__file__).resolve().parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
