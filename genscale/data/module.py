@@ -223,12 +223,19 @@ def check_num_classes(images: ImageDataset, stated: int | None) -> None:
 
 
 def _check_alike(train: ImageDataset, heldout: ImageDataset) -> None:
-    for attribute in ("channels", "resolution", "class_names"):
+    """Raise a ``DataError`` unless both sets have one size and the same classes."""
+    for attribute in ("channels", "resolution", "num_classes"):
         ours, theirs = getattr(train, attribute), getattr(heldout, attribute)
         if ours != theirs:
             raise DataError(
                 f"The train and held-out pictures of '{train.name}' differ in {attribute}: "
                 f"{ours} and {theirs}. Prepare both alike."
+            )
+    for ours, theirs in zip(train.class_names, heldout.class_names, strict=True):
+        if ours != theirs:
+            raise DataError(
+                f"The train and held-out classes of '{train.name}' differ: where one has "
+                f"'{ours}', the other has '{theirs}'. Name the classes alike."
             )
 
 
