@@ -6,6 +6,7 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from genscale.conditioning.base import Conditioning
@@ -14,25 +15,38 @@ if TYPE_CHECKING:
     from genscale.backbones.base import Backbone
 
 
+def meta_twin(model: Backbone) -> Backbone:
+    """Return a copy of ``model`` on the meta device, in eval mode, without copying its weights."""
+    memo: dict[int, object] = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+        for parameter in model.parameters()
+    }
+    memo.update({id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()})
+    return copy.deepcopy(model, memo).eval()
+
+
 def count_flops_by_module(model: Backbone, shape: tuple[int, ...]) -> dict[str, int]:
     """Count one sample's forward FLOPs, by module name (``""`` holds the total).
 
     Matrix products, convolutions and attention are counted, 2 FLOPs a multiply-accumulate;
     element-wise work is not (as in the papers' tables, which print multiply-accumulates).
+
+    Args:
+        model: on any device; it is not run and not changed.
+        shape: ``(C, H, W)`` of the input.
     """
-    twin = copy.deepcopy(model).to("meta").eval()
+    twin = meta_twin(model)
     x = torch.empty(1, *shape, device="meta")
     t = torch.empty(1, device="meta")
     cond = Conditioning(labels=torch.zeros(1, dtype=torch.int64, device="meta"))
-    counter = FlopCounterMode(display=False, depth=None)
+    counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         twin(x, t, cond)
-    table = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    prefix = type(twin).__name__
     result = {"": counter.get_total_flops()}
-    for name, value in table.items():
-        if name.startswith(prefix + "."):
-            result[name[len(prefix) + 1 :]] = value
+    prefix = type(twin).__name__ + "."
+    for name, operations in counter.get_flop_counts().items():
+        if name.startswith(prefix):
+            result[name.removeprefix(prefix)] = sum(operations.values())
     return result
 
 

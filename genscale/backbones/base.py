@@ -41,7 +41,7 @@ class Backbone(ModelMixin, ConfigMixin):
     block_classes: ClassVar[tuple[str, ...]] = ()
     """Names of the block modules: units of FSDP wrapping, checkpointing, regional compile."""
 
-    config_name = "config.json"
+    config_name = "config.json"  # type: ignore[assignment]  # the mixin's placeholder is None
 
     def forward(
         self, x: Tensor, t: Tensor, cond: Conditioning, memory: Any = None
@@ -73,6 +73,10 @@ class Backbone(ModelMixin, ConfigMixin):
         from genscale.flops import count_flops
 
         return count_flops(self, shape or self.sample_shape)
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters that weight decay must spare; none by default."""
+        return set()
 
     def num_parameters_by_block(self) -> dict[str, int]:
         """Count parameters by direct child module, for the start-up table."""

@@ -1,1 +1,1 @@
-"""Building blocks used by two backbones or more."""
+"""Building blocks shared by backbones: plain torch modules and functions, no framework."""

@@ -1,0 +1,85 @@
+"""Self-attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genscale.layers.norm import upcast
+from genscale.layers.rope import AxialRoPE, rotate
+
+
+class CosineNorm(nn.Module):
+    """Query and key norm that makes the logits exp(scale) times a cosine, a scale per head.
+
+    The scale starts at log 10 and counts as log 100 at most.
+
+    Args:
+        num_heads: heads h.
+        eps: added under the root.
+    """
+
+    MAX_SCALE = math.log(100.0)
+
+    def __init__(self, num_heads: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start every head at logits of 10 times the cosine."""
+        self.scale.fill_(math.log(10.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise queries or keys ``(B, h, N, d)``."""
+        scale = upcast(self.scale)
+        # the bound passes the gradient on, or a head that reached it could never come back
+        scale = scale + (scale.clamp(max=self.MAX_SCALE) - scale).detach()
+        # both factors together give exp(scale) / sqrt(d), which undoes |q||k| = d and leaves
+        # the 1 / sqrt(d) of the attention
+        factor = torch.exp(0.5 * scale - 0.25 * math.log(x.shape[-1]))[:, None, None]
+        wide = upcast(x)
+        inverse_root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * (inverse_root * factor)).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, optionally with axial rotary positions and cosine logits.
+
+    Args:
+        hidden_size: width D.
+        num_heads: heads h; D must be a multiple of it.
+        axial_rope: rotate queries and keys by their place on the grid, after a
+            :class:`CosineNorm`.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, *, axial_rope: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.out = nn.Linear(hidden_size, hidden_size)
+        self.rope = AxialRoPE(hidden_size // num_heads, num_heads) if axial_rope else None
+        self.qk_norm = CosineNorm(num_heads) if axial_rope else None
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Attend over all tokens.
+
+        Args:
+            x: ``(B, N, D)``.
+            positions: ``(N', 2)`` places of the last N' tokens; those before them (a class
+                token) are not rotated. Needed with ``axial_rope`` only.
+        """
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, N, d)
+        if self.rope is not None and self.qk_norm is not None and positions is not None:
+            cosine, sine = self.rope.rotation(positions, tokens - len(positions))
+            q = rotate(self.qk_norm(q), cosine, sine)
+            k = rotate(self.qk_norm(k), cosine, sine)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2))
