@@ -228,40 +228,46 @@ def load_npz(path: str | Path) -> tuple[Tensor, Tensor | None]:
         raise FileNotFoundError(
             f"There is no file {path}. Give an npz with arr_0 (uint8, n x H x W x 3)."
         )
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(
-                    f"{path} holds a single array, and an npz archive with arr_0 was expected. "
-                    "Write it with numpy.savez."
-                )
-            if "arr_0" not in archive.files:
-                raise DataError(
-                    f"{path} has no arr_0 (found: {', '.join(archive.files) or 'nothing'}). "
-                    "Samples are uint8 images n x H x W x 3 under the name arr_0."
-                )
-            pixels = archive["arr_0"]
-            classes = archive["arr_1"] if "arr_1" in archive.files else None
-    except DataError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise DataError(
-            f"{path} is damaged or not an npz ({error}). Copy it again, or write it anew."
-        ) from error
-    except ValueError as error:
-        if "allow_pickle" in str(error) or "pickle" in str(error):
-            raise DataError(
-                f"{path} holds Python objects, which would have to be executed to be read, and "
-                "plain arrays were expected. Write arr_0 as uint8 and arr_1 as integers."
-            ) from error
-        raise DataError(
-            f"{path} is damaged or not an npz ({error}). Copy it again, or write it anew."
-        ) from error
+    pixels, classes = _read_npz(path)
     _check_pixels(pixels, path, channels=(3,))
     if classes is None:
         return torch.from_numpy(pixels), None
     _check_labels(classes, len(pixels), path)
     return torch.from_numpy(pixels), torch.from_numpy(classes.astype(np.int64))
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read ``arr_0`` and ``arr_1``, whatever they hold, or say what is wrong with the file."""
+    with open(path, "rb") as file:
+        magic = file.read(6)
+    if magic == b"\x93NUMPY":
+        raise DataError(
+            f"{path} holds a single array, and an npz archive with arr_0 was expected. "
+            "Write it with numpy.savez."
+        )
+    damaged = f"{path} is damaged or not an npz ({{}}). Copy it again, or write it anew."
+    if magic[:2] != b"PK":  # numpy would take anything else for a pickle
+        raise DataError(damaged.format("it does not begin as a zip archive"))
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = archive.files
+            read = {name: archive[name] for name in ("arr_0", "arr_1") if name in found}
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        if "Object arrays" in str(error):
+            raise DataError(
+                f"{path} holds Python objects, which would have to be executed to be read, and "
+                "plain arrays were expected. Write arr_0 as uint8 and arr_1 as integers."
+            ) from error
+        raise DataError(damaged.format(error)) from error
+    if "arr_0" not in read:
+        raise DataError(
+            f"{path} has no arr_0 (found: {', '.join(found) or 'nothing'}). "
+            "Samples are uint8 images n x H x W x 3 under the name arr_0."
+        )
+    for name, value in read.items():
+        if not isinstance(value, np.ndarray):  # numpy hands a member that is no .npy out as bytes
+            raise DataError(damaged.format(f"{name} is no array"))
+    return read["arr_0"], read.get("arr_1")
 
 
 def _check_pixels(pixels: np.ndarray, path: Path, channels: tuple[int, ...]) -> None:
