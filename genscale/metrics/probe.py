@@ -24,8 +24,9 @@ class Probe(FeatureNetwork):
 
     Two strided convolutions, one hidden linear layer, one output layer. The features are the
     hidden layer before its ReLU: roughly Gaussian, of full rank, and sensitive to what tells the
-    classes apart. Weights, batches and steps are keyed and everything runs in float64 on the CPU,
-    so the same data and settings give the same features on every machine up to about 1e-9.
+    classes apart. They are shifted and scaled (by one number) so that on the training pictures
+    their means are 0 and their variances 1 on average. Weights, batches and steps are keyed and
+    everything runs in float64 on the CPU, so the same data and settings give the same features.
 
     A distance of probe features compares runs on one data set; the digest of data and settings is
     part of the protocol, so numbers of different probes never meet in a table.
@@ -128,7 +129,9 @@ class Probe(FeatureNetwork):
             pixels = self._shrink(images[rows.to(images.device)]).clone()
             self._shift = float(pixels.mean())
             self._scale = float(pixels.std().clamp(min=1e-3))
-            self._train((pixels - self._shift) / self._scale, labels.cpu()[rows].clone())
+            pixels = (pixels - self._shift) / self._scale
+            self._train(pixels, labels.cpu()[rows].clone())
+            self._normalise(pixels)
         self._sha256 = digest
 
     def _shrink(self, images: Tensor) -> Tensor:
@@ -158,6 +161,15 @@ class Probe(FeatureNetwork):
             F.cross_entropy(logits, targets[rows]).backward()
             optimizer.step()
         self._weights = {name: value.detach() for name, value in weights.items()}
+
+    @torch.no_grad()
+    def _normalise(self, pixels: Tensor) -> None:
+        """Fold shift and scale of the hidden layer into its weights; the output layer is done."""
+        hidden = torch.cat([_hidden(self._weights, part) for part in pixels.split(512)])
+        scale = hidden.var(dim=0).mean().sqrt()
+        self._weights["hidden"] = self._weights["hidden"] / scale
+        self._weights["hidden_bias"] = (self._weights["hidden_bias"] - hidden.mean(dim=0)) / scale
+        del self._weights["output"], self._weights["output_bias"]
 
     def _initial_weights(self, shape: tuple[int, ...], num_classes: int) -> dict[str, Tensor]:
         """Draw keyed normal weights of variance 2 / fan-in (arXiv:1502.01852), zero biases."""

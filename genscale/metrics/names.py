@@ -1,0 +1,85 @@
+"""What the name of a metric means: which measure, through which feature network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from genscale.errors import ConfigError, did_you_mean
+from genscale.metrics.comparison import MEASURES
+from genscale.metrics.label_metrics import LABEL_MEASURES
+
+# Names that published tables use for measures of the FID Inception network.
+INCEPTION_NAMES = {
+    "fid": "fd",
+    "sfid": "sfd",
+    "mifid": "mifid",
+    "inception_score": "inception_score",
+}
+# The network behind a bare copy_rate: pictures as they are.
+EVERY_PIXEL = "every_pixel"
+_PIXEL_MEASURES = ("copy_rate", "novelty_ratio")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMetric:
+    """A metric with its meaning.
+
+    Attributes:
+        name: as the user wrote it.
+        measure: what is computed.
+        network: name of the feature network; empty for measures of labels.
+    """
+
+    name: str
+    measure: str
+    network: str
+
+
+def plan_metrics(names: Sequence[str], networks: Sequence[str]) -> list[PlannedMetric]:
+    """Say what each metric means; see :class:`genscale.metrics.suite.EvaluationSuite`.
+
+    Args:
+        names: names of metrics.
+        networks: names of the feature networks, the main one first.
+
+    Raises:
+        ConfigError: if a name is unknown, comes twice, or its network is missing.
+    """
+    for what, each in (("metrics", names), ("metrics.features", networks)):
+        twice = sorted({name for name in each if list(each).count(name) > 1})
+        if twice:
+            raise ConfigError(f"'{twice[0]}' stands twice in {what}. Name every entry once.")
+    return [PlannedMetric(name, *_meaning(name, networks)) for name in names]
+
+
+def _meaning(name: str, networks: Sequence[str]) -> tuple[str, str]:
+    if name in LABEL_MEASURES:
+        return name, ""
+    if name in INCEPTION_NAMES:
+        if "inception" not in networks:
+            raise ConfigError(
+                f"metric '{name}' is a number of the FID Inception network, but metrics.features "
+                f"has {', '.join(networks) or 'none'}. Use metrics=fid, or add InceptionFID."
+            )
+        return INCEPTION_NAMES[name], "inception"
+    if name in _PIXEL_MEASURES:
+        return name, EVERY_PIXEL
+    if name in MEASURES:
+        if not networks:
+            raise ConfigError(
+                f"metric '{name}' compares features, but metrics.features is empty. "
+                "Add a feature network."
+            )
+        return name, networks[0]
+    for network in networks:
+        measure = name.removesuffix(f"_{network}")
+        if measure != name and measure in MEASURES:
+            return measure, network
+    own = [f"{measure}_{network}" for measure in MEASURES for network in networks]
+    known = list(dict.fromkeys([*MEASURES, *INCEPTION_NAMES, *LABEL_MEASURES, *own]))
+    raise ConfigError(
+        f"'{name}' is no metric. A metric is a measure ({', '.join(MEASURES)}), alone or with the "
+        f"name of a network ({', '.join(networks) or 'none given'}), or one of "
+        f"{', '.join([*INCEPTION_NAMES, *LABEL_MEASURES])}.{did_you_mean(name, known)}"
+    )
