@@ -1,0 +1,57 @@
+"""The arithmetic that YAML may do: ``latent_size``, ``div`` and ``mul``, nothing cleverer.
+
+input_size: ${latent_size:${data.resolution},${autoencoder.downsample}}
+"""
+
+from __future__ import annotations
+
+import math
+
+from genscale.errors import ConfigError
+
+Number = int | float
+
+
+def latent_size(resolution: int, downsample: int) -> int:
+    """Return the side of the latents of images of ``resolution`` pixels.
+
+    Raises:
+        ConfigError: ``downsample`` is not positive or does not divide ``resolution``.
+    """
+    if downsample < 1 or resolution % downsample:
+        raise ConfigError(
+            f"A resolution of {resolution} does not divide by the autoencoder's downsample of "
+            f"{downsample}. Give data.resolution as a multiple of it."
+        )
+    return resolution // downsample
+
+
+def div(dividend: Number, divisor: Number) -> Number:
+    """Divide; two integers must divide without rest and give an integer.
+
+    Raises:
+        ConfigError: division by zero, or integers that leave a rest.
+    """
+    if divisor == 0:
+        raise ConfigError(f"div was asked to divide {dividend} by 0. Give another divisor.")
+    if isinstance(dividend, int) and isinstance(divisor, int):
+        if dividend % divisor:
+            raise ConfigError(
+                f"div was asked for {dividend} / {divisor}, which is no whole number. "
+                f"Give a multiple of {divisor}, or write {float(dividend)} for a fraction."
+            )
+        return dividend // divisor
+    return dividend / divisor
+
+
+def mul(*factors: Number) -> Number:
+    """Return the product of all factors."""
+    return math.prod(factors)
+
+
+def register_resolvers() -> None:
+    """Make the three known to OmegaConf; may be called any number of times."""
+    from omegaconf import OmegaConf
+
+    for resolver in (latent_size, div, mul):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
