@@ -21,6 +21,7 @@ from genscale.metrics.frechet import (
 from genscale.metrics.inception_score import inception_score
 from genscale.metrics.kid import KernelDistance, cmmd, kernel_distance, kernel_distance_full
 from genscale.metrics.moments import Moments
+from genscale.metrics.network_reference import NetworkReference
 from genscale.metrics.novelty import (
     Novelty,
     memorization_distance,
@@ -61,48 +62,6 @@ class MeasureSettings:
     max_neighbour_reference: int = 10_000
     max_heldout: int = 2_000
     seed: int = 0
-
-
-class NetworkReference:
-    """What samples are compared with, through one feature network.
-
-    Args:
-        statistics: Gaussians by tap.
-        features: ``(n, d)`` main features of the reference pictures, or None.
-        heldout: ``(m, d)`` main features of real pictures outside the reference, or None.
-    """
-
-    def __init__(
-        self,
-        statistics: dict[str, GaussianStatistics],
-        *,
-        features: Tensor | None = None,
-        heldout: Tensor | None = None,
-    ) -> None:
-        self.statistics = statistics
-        self.features = features
-        self.heldout = heldout
-        self._heldout_distances: dict[tuple[int, int], Tensor] = {}
-
-    @cached_property
-    def frechet_floor(self) -> float | None:
-        """Frechet distance of the held-out pictures: what real pictures score."""
-        if self.features is None or self.heldout is None or len(self.heldout) < 2:
-            return None
-        return compare_features(self.heldout, self.features).value
-
-    def heldout_distances(self, limit: int, seed: int) -> Tensor:
-        """Return distances of at most ``limit`` held-out pictures to their nearest reference."""
-        if self.heldout is None or self.features is None:
-            raise DataError(
-                "Novelty compares samples with held-out pictures, but the reference has none. "
-                "Give held-out pictures beside the training set."
-            )
-        if (limit, seed) not in self._heldout_distances:
-            rows = keyed_rows(len(self.heldout), limit, seed)
-            distances = nearest_distances(self.heldout[rows], self.features)
-            self._heldout_distances[limit, seed] = distances
-        return self._heldout_distances[limit, seed]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from genscale.errors import ConfigError, DataError, did_you_mean
-from genscale.metrics.comparison import MEASURES, MeasureSettings, NetworkReference, SetComparison
+from genscale.metrics.comparison import MEASURES, MeasureSettings, SetComparison
 from genscale.metrics.features import FeatureNetwork, check_images
 from genscale.metrics.keyed import KeyedMetric
 from genscale.metrics.moments import Moments
+from genscale.metrics.network_reference import NetworkReference
 
 _MOMENTS = ("count", "mean", "scatter")
 
@@ -54,13 +55,11 @@ class FeatureMetrics(KeyedMetric):
         }
         # features whose length depends on the pictures (pixels) are short and always kept
         kept |= {kind for kind, tap in taps.items() if network.taps[tap] == 0}
-        super().__init__({kind: (2, torch.float32) for kind in taps if kind in kept})
+        super().__init__(measures, {kind: (2, torch.float32) for kind in taps if kind in kept})
         # held in a list: the network is not state of the metric and is moved by its owner
         self._network = [network]
-        self.measures = tuple(measures)
         self.settings = settings or MeasureSettings()
         self.reference = reference
-        self.details: dict[str, dict[str, Any]] = {}
         self._taps = taps
         self._streamed = tuple(kind for kind in taps if kind not in kept)
         self._seen: set[int] = set()
@@ -74,6 +73,22 @@ class FeatureMetrics(KeyedMetric):
     def network(self) -> FeatureNetwork:
         """The feature network."""
         return self._network[0]
+
+    def missing(self, measure: str) -> str:
+        """Return what the reference lacks for a measure, as a reason; empty if nothing."""
+        needed, reference = MEASURES[measure].reference, self.reference
+        if not needed:
+            return ""
+        if reference is None:
+            return "there is no reference"
+        tap = self._taps[MEASURES[measure].taps]
+        if needed == "statistics" and tap not in reference.statistics:
+            return f"the reference has no statistics of the features '{tap}'"
+        if needed in ("features", "heldout") and reference.features is None:
+            return "the reference has statistics, but no features or pictures"
+        if needed == "heldout" and reference.heldout is None:
+            return "the reference has no held-out pictures"
+        return ""
 
     def update(self, images: Tensor, sample_ids: Tensor | None = None) -> None:
         """Look at pictures.
@@ -128,7 +143,7 @@ class FeatureMetrics(KeyedMetric):
         return moments
 
     def compute(self) -> dict[str, float]:
-        """Return every measure by name; :attr:`details` holds counts, spread and seconds.
+        """Return every active measure by name; :attr:`details` holds counts, spread and seconds.
 
         Raises:
             DataError: if there are no samples, or the reference lacks what a measure needs.
@@ -144,7 +159,7 @@ class FeatureMetrics(KeyedMetric):
             settings=self.settings,
         )
         values, self.details = {}, {}
-        for name in self.measures:
+        for name in self.active:
             started = time.perf_counter()
             values[name], details = comparison.measure(name)
             if self.num_duplicates:

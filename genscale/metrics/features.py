@@ -19,12 +19,14 @@ class FeatureNetwork(nn.Module, ABC):
         taps: feature names with their lengths; ``taps[tap]`` is :attr:`num_features`.
         tap: the features that distances and neighbours use.
         resize: what happens to the size of a picture first, as protocols call it.
+        learns_from_labels: the network has to be fitted to a labelled training split.
     """
 
     name: str
     taps: dict[str, int]
     tap: str
     resize: str
+    learns_from_labels: bool = False
 
     @property
     def num_features(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,18 +21,25 @@ class KeyedMetric(Metric):
     and batches.
 
     Attributes:
+        measures: names of what is computed.
+        active: those of them that the reference allows.
+        details: further numbers of each measure of the last result.
         num_samples: different samples in the last result.
         num_duplicates: rows dropped from it because their id came twice.
 
     Args:
+        measures: names of what is computed.
         rows: number of axes (the leading sample axis included) and type of each named tensor.
     """
 
     full_state_update = True
     ids: list[Tensor]
 
-    def __init__(self, rows: dict[str, tuple[int, torch.dtype]]) -> None:
+    def __init__(self, measures: Sequence[str], rows: dict[str, tuple[int, torch.dtype]]) -> None:
         super().__init__()
+        self.measures = tuple(measures)
+        self.active = self.measures
+        self.details: dict[str, dict[str, Any]] = {}
         self._rows = dict(rows)
         self.add_state("ids", default=[], dist_reduce_fx=None)
         for name in self._rows:

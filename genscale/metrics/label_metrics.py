@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +42,9 @@ class LabelMetrics(KeyedMetric):
                     f"'{name}' is no measure of labels. Known are {', '.join(LABEL_MEASURES)}."
                     f"{did_you_mean(name, LABEL_MEASURES)}"
                 )
-        super().__init__({"images": (4, torch.uint8), "labels": (1, torch.int64)})
-        self.measures = tuple(measures)
+        super().__init__(measures, {"images": (4, torch.uint8), "labels": (1, torch.int64)})
         self.max_images = max_images
         self.seed = seed
-        self.details: dict[str, dict[str, Any]] = {}
         self._judge: Judge | None = None
         self._heldout: tuple[Tensor, Tensor] | None = None
         self._judge_accuracy: Agreement | None = None
@@ -94,7 +91,7 @@ class LabelMetrics(KeyedMetric):
         self._append(sample_ids, len(images), rows)
 
     def compute(self) -> dict[str, float]:
-        """Return every measure by name; an empty dict if no sample has a label.
+        """Return every active measure by name; an empty dict if no sample has a label.
 
         Raises:
             DataError: if there are no samples, no judge, or no held-out pictures to score on.
@@ -106,7 +103,7 @@ class LabelMetrics(KeyedMetric):
             return {}
         images, labels = rows["images"][labelled], rows["labels"][labelled]
         values = {}
-        for name in self.measures:
+        for name in self.active:
             started = time.perf_counter()
             result, trained = self._measure(name, images, labels)
             values[name] = result.share

@@ -43,6 +43,7 @@ class Probe(FeatureNetwork):
     """
 
     tap = "hidden"
+    learns_from_labels = True
 
     def __init__(
         self,

@@ -13,22 +13,21 @@ from torch import Tensor
 
 from genscale.errors import DataError, ProtocolError
 from genscale.metrics.agreement import Judge
-from genscale.metrics.comparison import MEASURES, MeasureSettings, NetworkReference, settings_of
+from genscale.metrics.comparison import MEASURES, MeasureSettings, settings_of
 from genscale.metrics.feature_metrics import FeatureMetrics
-from genscale.metrics.features import FeatureNetwork, check_images, extract
+from genscale.metrics.features import FeatureNetwork, check_images
 from genscale.metrics.label_metrics import LabelMetrics
-from genscale.metrics.moments import Moments
 from genscale.metrics.names import EVERY_PIXEL, PlannedMetric, plan_metrics
+from genscale.metrics.network_reference import (
+    SPATIAL,
+    reference_from_file,
+    reference_from_images,
+)
 from genscale.metrics.pixels import Pixels
 from genscale.metrics.protocol import EvalProtocol, MetricValue
-from genscale.metrics.reference import (
-    GaussianStatistics,
-    ReferenceFile,
-    read_reference,
-    require_compatible,
-)
+from genscale.metrics.reference import read_reference
 
-_UNLABELLED = "the samples have no labels"
+_LABELS = ""  # the holder of measures of labels, in place of a network's name
 
 
 class EvaluationSuite:
@@ -39,7 +38,9 @@ class EvaluationSuite:
     ``copy_rate`` and ``novelty_ratio``. ``fid``, ``sfid``, ``mifid`` and ``inception_score`` always
     mean the FID Inception network. Measures of labels need no network.
 
-    Samples are merged over processes by their ids; every process computes the same numbers.
+    Samples are merged over processes by their ids; every process computes the same numbers. A
+    metric that the reference or the samples do not allow (no labels, no held-out pictures) is left
+    out with a warning and named in :attr:`skipped`; if none is left, that is an error.
 
     Args:
         metrics: names, in the order of the results.
@@ -103,29 +104,35 @@ class EvaluationSuite:
             seed=seed,
         )
         self._plan = plan_metrics(self.metrics, [network.name for network in features])
-        networks = [*features, Pixels(None, name=EVERY_PIXEL)]
-        self._by_features = {
-            network.name: FeatureMetrics(
-                network, measures, settings=self._settings, keep_features=keep_features
-            )
-            for network in networks
-            if (measures := self._measures_of(network.name))
-        }
-        labels = self._measures_of("")
-        self._by_labels = (
-            LabelMetrics(labels, max_images=max_judge_images, seed=seed) if labels else None
-        )
+        self._reasons: dict[str, str] = {}  # metrics that the reference does not allow
+        self._holders: dict[str, FeatureMetrics | LabelMetrics] = {}
+        for network in (*features, Pixels(None, name=EVERY_PIXEL)):
+            if measures := self._measures_of(network.name):
+                self._holders[network.name] = FeatureMetrics(
+                    network, measures, settings=self._settings, keep_features=keep_features
+                )
+        if measures := self._measures_of(_LABELS):
+            self._holders[_LABELS] = LabelMetrics(measures, max_images=max_judge_images, seed=seed)
+        self._warned: set[str] = set()
         self._reference_facts: dict[str, Any] | None = None
         self._device = torch.device("cpu")
 
     def _measures_of(self, network: str) -> list[str]:
-        measures = [planned.measure for planned in self._plan if planned.network == network]
+        measures = [
+            planned.measure
+            for planned in self._plan
+            if planned.network == network and planned.name not in self._reasons
+        ]
         return list(dict.fromkeys(measures))
+
+    @property
+    def _by_features(self) -> list[FeatureMetrics]:
+        return [each for each in self._holders.values() if isinstance(each, FeatureMetrics)]
 
     @property
     def networks(self) -> list[FeatureNetwork]:
         """The feature networks in use."""
-        return [metric.network for metric in self._by_features.values()]
+        return [metric.network for metric in self._by_features]
 
     def to(self, device: torch.device | str) -> EvaluationSuite:
         """Choose where feature networks run; returns the suite."""
@@ -142,11 +149,6 @@ class EvaluationSuite:
         return problems
 
     # reference ------------------------------------------------------------------------------
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether a reference has been fitted or read."""
-        return self._reference_facts is not None
 
     def fit_reference(
         self,
@@ -174,19 +176,21 @@ class EvaluationSuite:
             crop: how pictures were brought to size.
 
         Raises:
-            DataError: if a metric needs labels or held-out pictures that are not there.
+            DataError: if no metric can be computed with these pictures.
         """
         started = time.perf_counter()
-        for metric in self._by_features.values():
-            self._prepare(metric.network, train_images, train_labels, fingerprint)
-            features, statistics = self._describe(metric, train_images)
-            heldout = None
-            if heldout_images is not None:
-                heldout = self._extract(metric.network, heldout_images)[metric.network.tap]
-            metric.reference = NetworkReference(statistics, features=features, heldout=heldout)
-        self._check_reference()
-        if self._by_labels is not None and train_labels is not None:
-            self._by_labels.fit_judge(train_images, train_labels, heldout_images, heldout_labels)
+        self._reasons = {}
+        for metric in self._by_features:
+            if self._fit(metric, train_images, train_labels, fingerprint):
+                metric.reference = reference_from_images(
+                    metric.network,
+                    train_images,
+                    heldout_images,
+                    spatial=_reads_spatial(metric),
+                    batch_size=self.batch_size,
+                )
+        self._fit_judge(train_images, train_labels, heldout_images, heldout_labels)
+        self._choose_active()
         self._reference_facts = {
             "reference": name,
             "reference_sha256": fingerprint,
@@ -199,98 +203,105 @@ class EvaluationSuite:
     def read_reference(self, path: Path | str) -> None:
         """Take a file as the reference: statistics, pictures, or both.
 
-        Statistics serve the network they were made with; every other network and every measure
-        that needs features reads the file's pictures.
+        Statistics serve the network they were made with; other networks and measures that need
+        features read the file's pictures.
 
         Raises:
-            DataError: if the file is damaged, or lacks what a metric needs.
+            DataError: if the file is damaged, or no metric can be computed with it.
             ProtocolError: if its statistics were made with another network or resizing.
         """
         started = time.perf_counter()
         found = read_reference(path)
-        for metric in self._by_features.values():
-            self._prepare(metric.network, found.images, found.labels, found.sha256)
-            metric.reference = self._reference_from(found, metric)
-        self._check_reference()
-        if self._by_labels is not None and found.images is not None and found.labels is not None:
-            self._by_labels.fit_judge(found.images, found.labels, None, None)
-        origin = found.origin
+        self._reasons = {}
+        for metric in self._by_features:
+            if self._fit(metric, found.images, found.labels, found.sha256):
+                metric.reference = reference_from_file(
+                    metric.network,
+                    found,
+                    spatial=_reads_spatial(metric),
+                    features=any(
+                        MEASURES[measure].reference in ("features", "heldout")
+                        for measure in metric.measures
+                    ),
+                    ignore=self.allow_mismatch,
+                    batch_size=self.batch_size,
+                )
+        self._fit_judge(found.images, found.labels, None, None)
+        self._choose_active()
         counted = found.statistics.get("mu")
+        pictures = 0 if found.images is None else len(found.images)
         self._reference_facts = {
             "reference": found.name,
             "reference_sha256": found.sha256,
-            "reference_split": origin.split if origin else "",
-            "reference_crop": origin.crop if origin else "",
-            "reference_count": counted.count if counted else _length(found.images),
+            "reference_split": found.origin.split if found.origin else "",
+            "reference_crop": found.origin.crop if found.origin else "",
+            "reference_count": pictures if counted is None else counted.count,
         }
         self.seconds["reference"] = time.perf_counter() - started
 
-    def _prepare(
-        self,
-        network: FeatureNetwork,
-        images: Tensor | None = None,
-        labels: Tensor | None = None,
-        fingerprint: str = "",
-    ) -> None:
+    def _fit(
+        self, metric: FeatureMetrics, images: Tensor | None, labels: Tensor | None, digest: str
+    ) -> bool:
+        """Make a network ready; False where it would learn from labels that are not there."""
+        network = metric.network
+        metric.reference = None
+        if network.learns_from_labels and (images is None or labels is None):
+            self._rule_out(
+                network.name, f"'{network.name}' learns from labels and the reference has none"
+            )
+            return False
         if images is not None:
-            network.fit(images, labels, fingerprint)
+            network.fit(images, labels, digest)
+        self._prepare(network)
+        return True
+
+    def _prepare(self, network: FeatureNetwork) -> None:
         network.prepare()
         network.to(self._device)
 
-    def _extract(self, network: FeatureNetwork, images: Tensor) -> dict[str, Tensor]:
-        taps = tuple(tap for tap in (network.tap, "spatial") if tap in network.taps)
-        return extract(network, images, taps, batch_size=self.batch_size)
+    def _fit_judge(
+        self,
+        images: Tensor | None,
+        labels: Tensor | None,
+        heldout_images: Tensor | None,
+        heldout_labels: Tensor | None,
+    ) -> None:
+        holder = self._holders.get(_LABELS)
+        if not isinstance(holder, LabelMetrics):
+            return
+        if images is None or labels is None:
+            self._rule_out(_LABELS, "the reference has no labels")
+            return
+        holder.fit_judge(images, labels, heldout_images, heldout_labels)
+        if heldout_images is None or heldout_labels is None:
+            reason = "the reference has no held-out pictures with labels"
+            self._rule_out(_LABELS, reason, but="label_agreement")
 
-    def _describe(
-        self, metric: FeatureMetrics, images: Tensor
-    ) -> tuple[Tensor, dict[str, GaussianStatistics]]:
-        """Return main features and statistics of reference pictures."""
-        features = self._extract(metric.network, images)
-        kinds = {MEASURES[measure].taps for measure in metric.measures}
-        taps = [metric.network.tap, *(["spatial"] if "spatial" in kinds else [])]
-        statistics = {tap: GaussianStatistics.of(Moments.of(features[tap])) for tap in taps}
-        return features[metric.network.tap], statistics
-
-    def _reference_from(self, found: ReferenceFile, metric: FeatureMetrics) -> NetworkReference:
-        network = metric.network
-        own = found.origin is not None and found.origin.extractor == network.description
-        if found.statistics and (own or found.images is None):
-            require_compatible(found, network, ignore=self.allow_mismatch)
-            taps = {"mu": network.tap, "mu_s": "spatial"}
-            statistics = {
-                taps[kind]: value for kind, value in found.statistics.items() if kind in taps
-            }
-            features = found.features
-            needed = {MEASURES[measure].reference for measure in metric.measures}
-            if features is None and found.images is not None and needed & {"features", "heldout"}:
-                features = self._extract(network, found.images)[network.tap]
-            return NetworkReference(statistics, features=features)
-        if found.images is None:
-            raise DataError(
-                f"The reference {found.name} holds neither statistics nor pictures for the "
-                f"network '{network.name}'. Give another file."
-            )
-        features, statistics = self._describe(metric, found.images)
-        return NetworkReference(statistics, features=features)
-
-    def _check_reference(self) -> None:
-        """Raise now, not after the samples, if the reference lacks what a measure needs."""
+    def _rule_out(self, network: str, reason: str, *, but: str = "") -> None:
         for planned in self._plan:
-            if not planned.network or not MEASURES[planned.measure].reference:
-                continue
-            reference = self._by_features[planned.network].reference
-            offered = {
-                "statistics": reference is not None,
-                "features": reference is not None and reference.features is not None,
-                "heldout": reference is not None and reference.heldout is not None,
-            }
-            needed = MEASURES[planned.measure].reference
-            if not offered[needed]:
-                raise DataError(
-                    f"metric '{planned.name}' needs {needed} of the reference, which has "
-                    f"{', '.join(name for name, there in offered.items() if there) or 'none'}. "
-                    "Give pictures with a held-out split, or leave the metric out."
-                )
+            if planned.network == network and planned.measure != but:
+                self._reasons[planned.name] = reason
+
+    def _choose_active(self) -> None:
+        """Settle before any sample is seen which metrics the reference allows.
+
+        Raises:
+            DataError: if none is left.
+        """
+        for planned in self._plan:
+            holder = self._holders[planned.network]
+            if isinstance(holder, FeatureMetrics) and planned.name not in self._reasons:
+                missing = holder.missing(planned.measure)
+                if missing:
+                    self._reasons[planned.name] = missing
+        if self._plan and len(self._reasons) == len(self._plan):
+            name, reason = next(iter(self._reasons.items()))
+            raise DataError(
+                f"No metric can be computed with this reference: not '{name}', because {reason}. "
+                "Give a reference with pictures, labels and a held-out split, or other metrics."
+            )
+        for network, holder in self._holders.items():
+            holder.active = tuple(self._measures_of(network))
 
     # samples --------------------------------------------------------------------------------
 
@@ -308,32 +319,31 @@ class EvaluationSuite:
             DataError: if the pictures are not 8-bit, or there is no reference.
         """
         check_images(images)
-        self._require_ready()
+        self._require_reference()
         started = time.perf_counter()
-        for metric in self._by_features.values():
-            metric.update(images.to(self._device), sample_ids)
-        if self._by_labels is not None:
-            self._by_labels.update(images.cpu(), labels, sample_ids)
+        for holder in self._holders.values():
+            if not holder.active:
+                continue
+            if isinstance(holder, FeatureMetrics):
+                holder.update(images.to(self._device), sample_ids)
+            else:
+                holder.update(images, labels, sample_ids)
         spent = time.perf_counter() - started
         self.seconds["features"] = self.seconds.get("features", 0.0) + spent
 
-    def _require_ready(self) -> None:
+    def _require_reference(self) -> None:
         if self._reference_facts is not None:
             return
         if self.reference is not None:
             self.read_reference(self.reference)
             return
-        needing = [
-            planned.name
-            for planned in self._plan
-            if not planned.network or MEASURES[planned.measure].reference
-        ]
-        if needing:
-            raise DataError(
-                f"metric '{needing[0]}' compares samples with real pictures, but no reference was "
-                "given. Call fit_reference, or set metrics.reference to a file."
-            )
-        for network in self.networks:
+        for planned in self._plan:
+            if planned.network == _LABELS or MEASURES[planned.measure].reference:
+                raise DataError(
+                    f"metric '{planned.name}' compares samples with real pictures, but no "
+                    "reference was given. Call fit_reference, or set metrics.reference to a file."
+                )
+        for network in self.networks:  # an inception score compares with nothing
             self._prepare(network)
         self._reference_facts = {}
 
@@ -348,36 +358,36 @@ class EvaluationSuite:
             DataError: if there are no samples.
             ProtocolError: if :attr:`num_samples` were demanded and another number came.
         """
-        values: dict[str, dict[str, float]] = {
-            name: metric.compute() for name, metric in self._by_features.items()
+        values = {
+            network: holder.compute() for network, holder in self._holders.items() if holder.active
         }
-        if self._by_labels is not None:
-            values[""] = self._by_labels.compute()
         self._check_count()
         results = []
-        self.skipped = {}
+        self.skipped = dict(self._reasons)
         for planned in self._plan:
-            if planned.measure not in values[planned.network]:
-                self._skip(planned.name, _UNLABELLED)
+            if planned.name in self.skipped:
                 continue
-            made_under = self._protocol_of(planned, protocol or EvalProtocol())
+            if planned.measure not in values[planned.network]:
+                self.skipped[planned.name] = "the samples have no labels"
+                continue
+            holder = self._holders[planned.network]
+            made_under = self._protocol_of(planned, holder, protocol or EvalProtocol())
             self.protocols[made_under.digest] = made_under
-            details = self._holder(planned).details[planned.measure]
+            details = holder.details[planned.measure]
             self.seconds[planned.name] = details["seconds"]
             value = values[planned.network][planned.measure]
             results.append(MetricValue(planned.name, value, made_under.digest, details, made_under))
+        self._warn_skipped()
         return results
 
-    def _holder(self, planned: PlannedMetric) -> FeatureMetrics | LabelMetrics:
-        if planned.network:
-            return self._by_features[planned.network]
-        if self._by_labels is None:
-            raise DataError(f"metric '{planned.name}' was not planned.")
-        return self._by_labels
+    def _warn_skipped(self) -> None:
+        for name, reason in self.skipped.items():
+            if name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(f"metric '{name}' is left out: {reason}.", stacklevel=3)
 
     def _check_count(self) -> None:
-        holders = [*self._by_features.values(), *([self._by_labels] if self._by_labels else [])]
-        counts = {holder.num_samples for holder in holders}
+        counts = {holder.num_samples for holder in self._holders.values() if holder.active}
         if self.num_samples is not None and counts - {self.num_samples}:
             raise ProtocolError(
                 f"The protocol demands {self.num_samples} samples, but {max(counts)} different "
@@ -385,38 +395,31 @@ class EvaluationSuite:
                 "metrics.num_samples=null."
             )
 
-    def _skip(self, name: str, reason: str) -> None:
-        self.skipped[name] = reason
-        warnings.warn(f"metric '{name}' is left out: {reason}.", stacklevel=3)
-
-    def _protocol_of(self, planned: PlannedMetric, base: EvalProtocol) -> EvalProtocol:
-        holder = self._holder(planned)
+    def _protocol_of(
+        self, planned: PlannedMetric, holder: FeatureMetrics | LabelMetrics, base: EvalProtocol
+    ) -> EvalProtocol:
         facts: dict[str, Any] = {"num_samples": holder.num_samples}
-        if isinstance(holder, FeatureMetrics):
-            network = holder.network
-            facts |= {
-                "features": network.description,
-                "features_sha256": network.sha256,
-                "resize": network.resize,
-                "settings": settings_of(planned.measure, self._settings),
-            }
-            if MEASURES[planned.measure].reference:
-                facts |= self._reference_facts or {}
-        else:
+        if isinstance(holder, LabelMetrics):
             facts |= {
                 "features": Judge.description,
                 "resize": "none",
                 "settings": (("max_images", holder.max_images), ("seed", holder.seed)),
-                **(self._reference_facts or {}),
             }
+        else:
+            facts |= {
+                "features": holder.network.description,
+                "features_sha256": holder.network.sha256,
+                "resize": holder.network.resize,
+                "settings": settings_of(planned.measure, self._settings),
+            }
+        if planned.network == _LABELS or MEASURES[planned.measure].reference:
+            facts |= self._reference_facts or {}
         return base.replace(**facts)
 
     def reset(self) -> None:
         """Forget the samples; reference and networks stay."""
-        for metric in self._by_features.values():
-            metric.reset()
-        if self._by_labels is not None:
-            self._by_labels.reset()
+        for holder in self._holders.values():
+            holder.reset()
         self.seconds = {name: self.seconds[name] for name in self.seconds if name == "reference"}
 
     def merge(self, other: EvaluationSuite) -> None:
@@ -430,11 +433,9 @@ class EvaluationSuite:
                 f"A suite of {', '.join(self.metrics)} cannot take in one of "
                 f"{', '.join(other.metrics)}. Build both with the same metrics."
             )
-        for name, metric in self._by_features.items():
-            metric.merge_state(other._by_features[name])
-        if self._by_labels is not None and other._by_labels is not None:
-            self._by_labels.merge_state(other._by_labels)
+        for network, holder in self._holders.items():
+            holder.merge_state(other._holders[network])
 
 
-def _length(images: Tensor | None) -> int:
-    return 0 if images is None else len(images)
+def _reads_spatial(metric: FeatureMetrics) -> bool:
+    return any(MEASURES[measure].taps == SPATIAL for measure in metric.measures)

@@ -1,0 +1,133 @@
+"""What samples are compared with, seen through one feature network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+from torch import Tensor
+
+from genscale.errors import DataError
+from genscale.metrics.features import FeatureNetwork, extract
+from genscale.metrics.frechet import compare_features
+from genscale.metrics.moments import Moments
+from genscale.metrics.novelty import nearest_distances
+from genscale.metrics.reference import GaussianStatistics, ReferenceFile, require_compatible
+from genscale.metrics.subsets import keyed_rows
+
+SPATIAL = "spatial"  # the tap of sFID
+_TAP_OF_STATISTICS = {"mu_s": SPATIAL}  # mu belongs to the network's main tap
+
+
+class NetworkReference:
+    """What samples are compared with, through one feature network.
+
+    Args:
+        statistics: Gaussians by tap.
+        features: ``(n, d)`` main features of the reference pictures, or None.
+        heldout: ``(m, d)`` main features of real pictures outside the reference, or None.
+    """
+
+    def __init__(
+        self,
+        statistics: dict[str, GaussianStatistics],
+        *,
+        features: Tensor | None = None,
+        heldout: Tensor | None = None,
+    ) -> None:
+        self.statistics = statistics
+        self.features = features
+        self.heldout = heldout
+        self._heldout_distances: dict[tuple[int, int], Tensor] = {}
+
+    @cached_property
+    def frechet_floor(self) -> float | None:
+        """Frechet distance of the held-out pictures: what real pictures score."""
+        if self.features is None or self.heldout is None or len(self.heldout) < 2:
+            return None
+        return compare_features(self.heldout, self.features).value
+
+    def heldout_distances(self, limit: int, seed: int) -> Tensor:
+        """Return distances of at most ``limit`` held-out pictures to their nearest reference."""
+        if self.heldout is None or self.features is None:
+            raise DataError(
+                "Novelty compares samples with held-out pictures, but the reference has none. "
+                "Give held-out pictures beside the training set."
+            )
+        if (limit, seed) not in self._heldout_distances:
+            rows = keyed_rows(len(self.heldout), limit, seed)
+            distances = nearest_distances(self.heldout[rows], self.features)
+            self._heldout_distances[limit, seed] = distances
+        return self._heldout_distances[limit, seed]
+
+
+def reference_from_images(
+    network: FeatureNetwork,
+    images: Tensor,
+    heldout: Tensor | None = None,
+    *,
+    spatial: bool = False,
+    batch_size: int = 256,
+) -> NetworkReference:
+    """Describe real pictures.
+
+    Args:
+        network: a prepared network.
+        images: uint8 ``(n, C, H, W)`` reference pictures.
+        heldout: uint8 ``(m, C, H, W)`` further real pictures, or None.
+        spatial: describe the spatial features of sFID too.
+        batch_size: pictures a pass.
+    """
+    taps = (network.tap, SPATIAL) if spatial else (network.tap,)
+    features = extract(network, images, taps, batch_size=batch_size)
+    outside = None
+    if heldout is not None:
+        outside = extract(network, heldout, (network.tap,), batch_size=batch_size)[network.tap]
+    return NetworkReference(
+        {tap: GaussianStatistics.of(Moments.of(features[tap])) for tap in taps},
+        features=features[network.tap],
+        heldout=outside,
+    )
+
+
+def reference_from_file(
+    network: FeatureNetwork,
+    found: ReferenceFile,
+    *,
+    spatial: bool = False,
+    features: bool = True,
+    ignore: Iterable[str] = (),
+    batch_size: int = 256,
+) -> NetworkReference:
+    """Describe a reference file: by its statistics if they are this network's, else its pictures.
+
+    Args:
+        network: a prepared network.
+        found: the file.
+        spatial: describe the spatial features of sFID too.
+        features: features are needed, not only statistics; pictures are read for them.
+        ignore: fields in which statistics may differ from the network.
+        batch_size: pictures a pass.
+
+    Raises:
+        ProtocolError: if there are statistics of other features only.
+        DataError: if there is nothing in the file to describe.
+    """
+    own = found.origin is not None and found.origin.extractor == network.description
+    if found.statistics and (own or found.images is None):
+        require_compatible(found, network, ignore=ignore)
+        statistics = {
+            _TAP_OF_STATISTICS.get(name, network.tap): value
+            for name, value in found.statistics.items()
+        }
+        stored = found.features
+        if stored is None and found.images is not None and features:
+            taps = (network.tap,)
+            stored = extract(network, found.images, taps, batch_size=batch_size)[network.tap]
+        return NetworkReference(statistics, features=stored)
+    if found.images is None:
+        raise DataError(
+            f"The reference {found.name} holds neither statistics nor pictures for the network "
+            f"'{network.name}'. Give another file."
+        )
+    return reference_from_images(network, found.images, spatial=spatial, batch_size=batch_size)
