@@ -1,0 +1,135 @@
+"""What flow matching and DDPM share: noise the data, predict a target, compare at each scale."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from genscale.backbones.base import Backbone, BackboneOutput
+from genscale.errors import ConfigError, did_you_mean
+from genscale.objectives.base import Batch, LossOutput, Objective, on
+from genscale.objectives.conversion import Target, target_of
+from genscale.objectives.network import NetworkView, velocity_is_reversed
+from genscale.objectives.pyramid import pyramid_loss
+from genscale.objectives.schedule import NoiseProcess
+from genscale.objectives.time_input import TimeInput, time_input_of
+from genscale.rng import Purpose, StepRandom
+
+PyramidWeights = Literal["auto"] | Sequence[float] | None
+
+
+class DenoisingObjective(Objective):
+    """Mean squared error of a network's prediction at a random level; no weighting by level.
+
+    Args:
+        process: the noising process.
+        target: what the network predicts.
+        time_input: which number the network is fed.
+        pyramid_weights: weights of a multi-resolution backbone's predictions
+            (``aux["pyramid"]``), coarse first; None trains the finest one only; ``"auto"`` asks
+            the backbone's ``pyramid_weights`` and means None where it has none.
+
+    Raises:
+        ConfigError: an unknown name or an impossible weight.
+    """
+
+    def __init__(
+        self,
+        *,
+        process: NoiseProcess,
+        target: Target,
+        time_input: TimeInput,
+        pyramid_weights: PyramidWeights,
+    ) -> None:
+        _check_choice("target", target, get_args(Target))
+        _check_choice("time_input", time_input, get_args(TimeInput))
+        self.process = process
+        self.target = target
+        self.time_input = time_input
+        self.pyramid_weights: Literal["auto"] | tuple[float, ...] | None
+        if pyramid_weights is None or pyramid_weights == "auto":
+            self.pyramid_weights = None if pyramid_weights is None else "auto"
+        else:
+            self.pyramid_weights = _checked_weights(pyramid_weights)
+
+    @abstractmethod
+    def sample_time(self, u: Tensor) -> Tensor:
+        """Return process times of keyed uniforms ``u`` ``(B,)`` float64 in [0, 1)."""
+
+    def loss(self, backbone: Backbone, batch: Batch, rng: StepRandom) -> LossOutput:
+        """Compute the loss of a batch; see :class:`DenoisingObjective`.
+
+        Raises:
+            ConfigError: weights that do not fit the backbone's predictions.
+        """
+        clean = batch.clean
+        time = self.sample_time(rng.uniform(Purpose.TIME)).to(clean.device, non_blocking=True)
+        noise = rng.normal(Purpose.NOISE, tuple(clean.shape[1:])).to(clean, non_blocking=True)
+        alpha, sigma = self.process.coefficients(time)
+        alpha_x, sigma_x = on(alpha, clean), on(sigma, clean)
+        x = alpha_x * clean + sigma_x * noise
+        output = backbone(x, time_input_of(self.time_input, time, alpha, sigma), batch.cond)
+        target = target_of(self.target, clean, noise, alpha_x, sigma_x)
+        if velocity_is_reversed(self.target, self.time_input):
+            target = -target
+        return self._compare(backbone, output, target, time)
+
+    def view(self, backbone: Backbone) -> NetworkView:
+        """Return the generator view of a trained backbone."""
+        return NetworkView(backbone, self.process, self.target, self.time_input)
+
+    def _compare(
+        self, backbone: Backbone, output: BackboneOutput, target: Tensor, time: Tensor
+    ) -> LossOutput:
+        predictions = output.aux.get("pyramid") or [output.sample]
+        weights = self._weights_for(backbone, len(predictions))
+        per_sample, errors = pyramid_loss(predictions, target, weights)
+        terms: dict[str, Tensor] = {}
+        if len(errors) > 1:
+            for prediction, error in zip(predictions, errors, strict=True):
+                height, width = prediction.shape[2:]
+                terms[f"loss_{height}x{width}"] = error.detach().mean()
+        return LossOutput(per_sample.mean(), terms, per_sample.detach(), time.float())
+
+    def _weights_for(self, backbone: Backbone, count: int) -> Sequence[float]:
+        """Return one weight a prediction, coarse first."""
+        weights: Sequence[float] | None
+        if self.pyramid_weights == "auto":
+            weights = getattr(backbone, "pyramid_weights", None)
+        else:
+            weights = self.pyramid_weights
+        if weights is None:
+            return [0.0] * (count - 1) + [1.0]
+        if len(weights) != count:
+            raise ConfigError(
+                f"objective.pyramid_weights has {len(weights)} entries but "
+                f"{type(backbone).__name__} predicts at {count} resolution"
+                f"{'s' if count > 1 else ''}. Give one weight each, or null for the finest only."
+            )
+        return weights
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(
+            f"objective.{name} must be one of {', '.join(known)}, but is {value!r}."
+            f"{did_you_mean(str(value), known)}"
+        )
+
+
+def _checked_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    if isinstance(weights, str):
+        raise ConfigError(
+            f"objective.pyramid_weights must be auto, null or a list, but is {weights!r}. "
+            "Give one weight a resolution, coarse first, e.g. [0.25,1]."
+        )
+    numbers = tuple(float(weight) for weight in weights)
+    if not all(0.0 <= number < float("inf") for number in numbers) or sum(numbers) == 0.0:
+        raise ConfigError(
+            "objective.pyramid_weights must be finite, not negative and not all 0, but is "
+            f"{list(numbers)}. Give e.g. [0.25,1], coarse first."
+        )
+    return numbers

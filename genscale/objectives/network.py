@@ -1,0 +1,98 @@
+"""The generator view of a network: from its own parameterisation to clean and noise estimates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genscale.backbones.base import Backbone
+from genscale.conditioning.base import Conditioning
+from genscale.objectives.base import Denoiser, Level, Prediction, on
+from genscale.objectives.conversion import Target, clean_and_noise
+from genscale.objectives.schedule import NoiseProcess
+from genscale.objectives.time_input import TimeInput, time_input_of
+
+_TOLERANCE = 1e-6  # of log SNR, for levels that another program rounded
+
+
+class NetworkView(Denoiser):
+    """A backbone seen as a denoiser.
+
+    A level with a time belongs to the view's own process. A level without one may come from any
+    process: the network is asked at the time of equal signal-to-noise ratio, about x rescaled to
+    its own path there (the interpolant conversion of arXiv:2503.19385). The estimates
+    of clean and noise are the same on both paths, so every solver grid works with every network.
+
+    The network runs in the dtype of its parameters, or under the caller's autocast; estimates are
+    computed in x's own dtype, float32 or float64.
+
+    Args:
+        backbone: the network; gradients are left as they are.
+        process: the process it was trained on.
+        target: what it predicts.
+        time_input: which number it is fed.
+    """
+
+    def __init__(
+        self, backbone: Backbone, process: NoiseProcess, target: Target, time_input: TimeInput
+    ) -> None:
+        parameter = next(backbone.parameters())
+        self.backbone = backbone
+        self.process = process
+        self.target = target
+        self.time_input = time_input
+        self.sample_shape = backbone.sample_shape
+        self.device = parameter.device
+        self.dtype = parameter.dtype
+
+    def __call__(
+        self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
+    ) -> Prediction:
+        """Estimate clean sample and noise of ``x`` ``(B, ...)``; one network evaluation.
+
+        Raises:
+            ValueError: a level noisier than the network has ever seen, or of another length than
+                B or 1.
+        """
+        if len(level) not in (1, len(x)):
+            raise ValueError(
+                f"A level of {len(level)} rows was given for {len(x)} samples. Give one row a "
+                "sample, or one for all."
+            )
+        own = level
+        if level.time is None:
+            own, scale = self._match(level)
+            x = x / on(scale, x)
+        time = time_input_of(self.time_input, self.process.time_at(own), own.alpha, own.sigma)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        # autocast leaves float64 alone, so that it would meet the network's float32 weights
+        dtype = torch.float32 if autocast else self.dtype
+        output = self.backbone(x.to(dtype), time.to(x.device, non_blocking=True), cond, memory)
+        prediction = output.sample.to(x.dtype)
+        if velocity_is_reversed(self.target, self.time_input):
+            prediction = -prediction
+        clean, noise = clean_and_noise(
+            self.target, prediction, x, on(own.alpha, x), on(own.sigma, x)
+        )
+        cost = torch.ones(len(x), dtype=torch.float64)
+        return Prediction(clean, noise, output.memory, cost)
+
+    def _match(self, level: Level) -> tuple[Level, Tensor]:
+        """Return the own level of equal SNR, and c such that (alpha, sigma) = c * its own."""
+        log_snr = level.log_snr
+        least = self.process.level(self.process.t_max).log_snr
+        if bool((log_snr < least - _TOLERANCE).any()):
+            raise ValueError(
+                f"The level's log(alpha / sigma) is {float(log_snr.min()):.4g}, but this network "
+                f"was trained on {float(least):.4g} and more. Start the grid at less noise."
+            )
+        own = self.process.level(self.process.time_of(log_snr))
+        scale = torch.hypot(level.alpha, level.sigma) / torch.hypot(own.alpha, own.sigma)
+        return own, scale
+
+
+def velocity_is_reversed(target: Target, time_input: TimeInput) -> bool:
+    """Whether the network predicts x_0 - eps: a velocity is a derivative by the network's time."""
+    return target == "velocity" and time_input == "one_minus"
