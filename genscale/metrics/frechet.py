@@ -98,7 +98,13 @@ def compare_gaussians(
             f"The first Gaussian has {len(mean_1)} features and the second {len(mean_2)}. "
             "Compare statistics of one feature network."
         )
-    root_trace, taken = _root_trace(cov_1, cov_2, route)
+    # a feature that is constant in one set adds nothing to the root, but would cost the rank
+    alive = (cov_1.diagonal() > 0) & (cov_2.diagonal() > 0)
+    if bool(alive.all()):
+        root_trace, taken = _root_trace(cov_1, cov_2, route)
+    else:
+        rows = alive.nonzero().flatten()
+        root_trace, taken = _root_trace(cov_1[rows][:, rows], cov_2[rows][:, rows], route)
     traces = float(cov_1.trace()), float(cov_2.trace())
     return _assemble(mean_1, mean_2, traces, root_trace, taken)
 
@@ -183,6 +189,8 @@ def _assemble(
 
 def _root_trace(cov_1: Tensor, cov_2: Tensor, route: str) -> tuple[float, Route]:
     """Return tr (S_1 S_2)^(1/2) and the route taken."""
+    if len(cov_1) == 0:
+        return 0.0, "singular"
     if route in ("auto", "cholesky"):
         factors = [_cholesky(cov_1), _cholesky(cov_2)]
         best = 0 if factors[0][1] >= factors[1][1] else 1

@@ -358,6 +358,7 @@ class EvaluationSuite:
             DataError: if there are no samples.
             ProtocolError: if :attr:`num_samples` were demanded and another number came.
         """
+        self._require_reference()  # a process without samples of its own still takes part
         values = {
             network: holder.compute() for network, holder in self._holders.items() if holder.active
         }

@@ -19,7 +19,7 @@ class PublishedWeights:
 
     Attributes:
         network: the feature network that reads it.
-        file_names: accepted names in the weights folder, the installed one first.
+        file_names: accepted names in the weights folder, the published one first.
         sha256_prefix: first digits of the published file's SHA-256; None if unknown.
         origin: where people find it, in words.
     """
@@ -36,6 +36,7 @@ INCEPTION_WEIGHTS = PublishedWeights(
         "pt_inception-2015-12-05-6726825d.pth",
         "weights-inception-2015-12-05-6726825d.pth",
         "inception-2015-12-05.safetensors",
+        "inception-2015-12-05.pth",
     ),
     sha256_prefix="6726825d",
     origin="the release files 'fid_weights' of mseitzer/pytorch-fid, or the release files of "
