@@ -108,14 +108,10 @@ def _check_choices(config: Mapping[str, Any]) -> None:
                 f"{did_you_mean(str(config[name]), known)}"
             )
     for name, least in (("in_channels", 1), ("num_classes", 0)):
-        if config[name] < least:
+        if not isinstance(config[name], int) or config[name] < least:
             raise ConfigError(
-                f"model.{name} must be at least {least}, but is {config[name]}. "
-                + (
-                    "0 builds an unconditional model."
-                    if name == "num_classes"
-                    else "Give 3 for RGB."
-                )
+                f"model.{name} must be an integer of at least {least}, but is {config[name]}. "
+                "Give the number that the data has."
             )
 
 

@@ -99,11 +99,21 @@ def _moments(features: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor]:
     The variance of the whole is the mean of the parts' variances plus the variance of their
     means; unlike a running sum of squares this loses nothing when the mean is large.
     """
-    parts = [torch.var_mean(upcast(f), dim=-1, correction=0, keepdim=True) for f in features]
+    parts = [_var_mean(upcast(feature)) for feature in features]
     variances = torch.stack([variance for variance, _ in parts])
     means = torch.stack([mean for _, mean in parts])
     between, mean = torch.var_mean(means, dim=0, correction=0)
     return mean, torch.rsqrt(variances.mean(0) + between + eps)
+
+
+def _var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return biased variance and mean over the last axis, each ``(B, N, 1)``."""
+    if x.device.type != "cpu":
+        return torch.var_mean(x, dim=-1, correction=0, keepdim=True)
+    # the one-pass kernel is not vectorised on CPUs: two passes are ten times as fast there
+    mean = x.mean(-1, keepdim=True)
+    norm = torch.linalg.vector_norm(x - mean, dim=-1, keepdim=True)
+    return norm.square() / x.shape[-1], mean
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def run(case: Case) -> list[Comparison]:
 
 def _build(case: Case, *, fused: bool) -> DiMR:
     settings = config_from_official(case.config["model"], parity=True)
-    model = DiMR(**settings, fused_upsample=fused)
+    model: DiMR = DiMR(**settings, fused_upsample=fused)
     model.load_state_dict(from_official(case.group("state"), model))
     model.eval()
     return model
