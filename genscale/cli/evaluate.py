@@ -1,0 +1,184 @@
+"""``python evaluate.py``: numbers of a run, or of two files, beside their protocols."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from genscale import dist
+from genscale.cli.app import instantiate
+from genscale.cli.loading import datasets_of, load_pipeline, output_folder
+from genscale.cli.progress import track
+from genscale.cli.sample import grid_columns, label_law
+from genscale.errors import ConfigError
+from genscale.evaluation import as_record, describe, fit_reference, measure
+from genscale.io.files import write_json
+from genscale.io.images import load_npz, save_grid, save_npz
+from genscale.metrics.protocol import EvalProtocol, MetricValue
+from genscale.pipeline import Generated
+from genscale.runs import RunFolder, stamp
+
+GRID = 100  # pictures shown in the report
+
+
+def run(cfg: DictConfig) -> None:
+    """Evaluate ``cfg.run``, or the files ``cfg.samples`` and ``cfg.reference``."""
+    started = time.perf_counter()
+    rank, world_size = dist.initialise()
+    suite = instantiate(cfg.metrics, "metrics", **_reference(cfg))
+    problems = suite.check()
+    if cfg.samples is not None and not Path(cfg.samples).expanduser().is_file():
+        problems.append(
+            f"No samples at samples={cfg.samples}. Give an npz with arr_0 (uint8 NHWC)."
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    evaluate = _evaluate_files if cfg.samples is not None else _evaluate_run
+    folder, record, values, images, columns = evaluate(cfg, suite, rank, world_size)
+    if rank == 0:
+        record |= {"seconds": round(time.perf_counter() - started, 2), **as_record(values)}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_grid(images[:GRID], folder / "grid.png", columns=columns)
+        write_json(folder / "metrics.json", record)
+        _print(values, record, suite.skipped)
+        print(f"numbers: {folder / 'metrics.json'}")
+        if cfg.samples is None and (RunFolder(folder.parent.parent).config_file).is_file():
+            from genscale.report import write_report
+
+            print(f"report: {write_report(folder.parent.parent)}")
+    dist.finish()
+
+
+def _reference(cfg: DictConfig) -> dict[str, Any]:
+    """Return the suite's reference file, if one is named."""
+    if cfg.reference is None:
+        if cfg.samples is not None:
+            raise ConfigError(
+                "samples= was given without reference=. Give the file to compare with, e.g. "
+                "reference=VIRTUAL_imagenet256_labeled.npz."
+            )
+        return {}
+    return {"reference": str(Path(cfg.reference).expanduser())}
+
+
+def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tuple[Any, ...]:
+    """Sample from a run and measure."""
+    pipeline, sampler, guidance = load_pipeline(cfg)
+    suite.to(pipeline.device)
+    if cfg.reference is None:
+        fit_reference(suite, datasets_of(cfg.run))
+    law = label_law(cfg)
+    stream = pipeline.stream(
+        num_samples=cfg.num_samples,
+        labels=law,
+        seed=cfg.seed,
+        batch_size=cfg.batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+    share = cfg.num_samples * (rank + 1) // world_size - cfg.num_samples * rank // world_size
+    kept: list[Generated] = []
+
+    def keep(batch: Generated) -> Generated:
+        if cfg.save_samples or len(kept) * cfg.batch_size < GRID:
+            kept.append(batch)
+        return batch
+
+    progress = track(stream, "sampling", total=share, show=rank == 0)
+    nfe = measure(suite, (keep(batch) for batch in progress))
+    nfe = sum(dist.gather_objects(nfe)) / world_size
+    protocol = describe(
+        pipeline, labels=law, num_samples=cfg.num_samples, nfe=nfe, weights=_weights_name(cfg)
+    )
+    values = suite.compute(protocol)
+    folder = output_folder(cfg, "evaluations")
+    if cfg.save_samples:
+        _save_samples(folder, kept, rank)
+    record = {
+        "run": str(cfg.run),
+        "checkpoint": str(cfg.checkpoint),
+        "weights": cfg.weights,
+        "num_samples": cfg.num_samples,
+        "seed": cfg.seed,
+        "sampler": sampler,
+        "guidance": guidance,
+        "nfe_per_sample": nfe,
+    }
+    images = torch.cat([batch.images for batch in kept]) if kept else torch.zeros(0)
+    return folder, record, values, images, grid_columns(cfg, pipeline)
+
+
+def _weights_name(cfg: DictConfig) -> str:
+    """Name the weights as protocols do: ``raw``, or the average with its length."""
+    if cfg.weights == "raw":
+        return "raw"
+    path = Path(str(cfg.run)).expanduser() / "config.yaml"
+    law = RunFolder.open(cfg.run).config().get("ema", {}) if path.is_file() else {}
+    return f"ema_{law.get('decay', law.get('sigma_rel', ''))}"
+
+
+def _save_samples(folder: Path, kept: list[Generated], rank: int) -> None:
+    """Join all processes' samples and write them as one npz."""
+    labels = [b.labels if b.labels is not None else torch.full_like(b.ids, -1) for b in kept]
+    _, images, classes = dist.gather_rows(
+        torch.cat([b.ids for b in kept]), torch.cat([b.images for b in kept]), torch.cat(labels)
+    )
+    if rank == 0:
+        array = images.permute(0, 2, 3, 1).contiguous().numpy()
+        known = bool((classes >= 0).all())
+        save_npz(folder / "samples.npz", array, classes.numpy() if known else None)
+
+
+def _evaluate_files(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tuple[Any, ...]:
+    """Measure an npz of samples against a reference file."""
+    pixels, labels = load_npz(Path(cfg.samples).expanduser())
+    images = pixels.permute(0, 3, 1, 2).contiguous()
+    suite.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    ids = torch.arange(len(images))[rank::world_size]
+    batches = (
+        Generated(
+            part, images[part], None if labels is None else labels[part], torch.zeros(len(part))
+        )
+        for part in ids.split(cfg.batch_size)
+    )
+    measure(suite, track(batches, "features", total=len(ids), show=rank == 0))
+    protocol = EvalProtocol(num_samples=len(images), class_law="empirical", weights="unknown")
+    values = suite.compute(protocol)
+    folder = (
+        Path(cfg.out_dir).expanduser() if cfg.out_dir else Path("outputs/evaluations") / stamp()
+    )
+    record = {
+        "samples": str(cfg.samples),
+        "reference": str(cfg.reference),
+        "num_samples": len(images),
+    }
+    return folder, record, values, images, None
+
+
+def _print(values: list[MetricValue], record: dict[str, Any], skipped: dict[str, str]) -> None:
+    """Print a table for people; every number stands beside its protocol."""
+    title = f"{record['num_samples']} samples"
+    if "nfe_per_sample" in record:
+        title += f", {record['nfe_per_sample']:g} network evaluations each"
+    table = Table(title=title)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("protocol")
+    table.add_column("details")
+    for value in values:
+        details = ", ".join(
+            f"{name} {number:.4g}"
+            for name, number in value.details.items()
+            if isinstance(number, int | float) and name != "seconds"
+        )
+        table.add_row(value.name, f"{value.value:.4f}", value.protocol_hash, details)
+    console = Console()
+    console.print(table)
+    for name, reason in skipped.items():
+        console.print(f"left out: {name}: {reason}")

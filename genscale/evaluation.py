@@ -1,0 +1,117 @@
+"""A pipeline measured by an evaluation suite: what ``evaluate.py`` and the callback share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from genscale import rng
+from genscale.conditioning.labels import LabelLaw
+from genscale.data.module import ImageDataModule
+from genscale.metrics.protocol import EvalProtocol, MetricValue
+from genscale.metrics.suite import EvaluationSuite
+from genscale.pipeline import Generated, GenerationPipeline
+from genscale.rng import Purpose
+
+MAX_REFERENCE = 50_000  # training pictures held as the reference; the protocol states the count
+
+
+def fit_reference(suite: EvaluationSuite, datamodule: ImageDataModule) -> None:
+    """Give the suite a data set's training and held-out pictures.
+
+    Of more than :data:`MAX_REFERENCE` training pictures, a keyed random subset is taken.
+    """
+    train, heldout = datamodule.train, datamodule.heldout
+    rows = torch.arange(len(train))
+    if len(train) > MAX_REFERENCE:
+        rows = rng.permutation(rng.key(0, Purpose.SUBSET), len(train))[:MAX_REFERENCE].sort().values
+    suite.fit_reference(
+        train.images(rows),
+        None if train.labels is None else train.labels[rows],
+        None if heldout is None else heldout.images(torch.arange(len(heldout))),
+        None if heldout is None else heldout.labels,
+        fingerprint=train.fingerprint(),
+        name=f"{datamodule.name}-{datamodule.resolution}-train",
+    )
+
+
+def class_law(labels: LabelLaw, num_classes: int) -> str:
+    """Name a label law as protocols do."""
+    if num_classes == 0:
+        return "unconditional"
+    if isinstance(labels, str):
+        return {"balanced": "balanced", "random": "uniform_random"}[labels]
+    return "listed"
+
+
+def describe(
+    pipeline: GenerationPipeline,
+    *,
+    labels: LabelLaw,
+    num_samples: int,
+    nfe: float,
+    weights: str,
+) -> EvalProtocol:
+    """Return the protocol of samples a pipeline makes; the suite fills in its own fields."""
+    sampler, guidance = pipeline.sampler, pipeline.guidance
+    scale = getattr(guidance, "scale", None)
+    interval = getattr(guidance, "interval", None)
+    guided = scale is not None and scale != 1.0
+    return EvalProtocol(
+        num_samples=num_samples,
+        class_law=class_law(labels, pipeline.num_classes),
+        sampler=type(sampler).__name__,
+        steps=sampler.num_steps,
+        nfe=nfe,
+        solver="sde" if getattr(sampler, "eta", 0.0) else "ode",
+        guidance=type(guidance).__name__ if guided else "none",
+        guidance_scale=scale if guided else None,
+        guidance_interval=tuple(interval) if guided and interval is not None else None,
+        network_dtype=pipeline.precision,
+        decoder_dtype=pipeline.precision,
+        autoencoder=type(pipeline.autoencoder).__name__.lower(),
+        weights=weights,
+    )
+
+
+def measure(suite: EvaluationSuite, batches: Iterable[Generated]) -> float:
+    """Feed batches of samples to the suite and return the mean network evaluations of a sample."""
+    spent, count = 0.0, 0
+    for batch in batches:
+        suite.update(batch.images, batch.labels, batch.ids)
+        spent += float(batch.nfe.sum())
+        count += len(batch.ids)
+    return spent / max(count, 1)
+
+
+def periodic(
+    suite: EvaluationSuite, datamodule: ImageDataModule, *, seed: int
+) -> Callable[[GenerationPipeline, int, int, int], dict[str, float]]:
+    """Return the function that the training callback calls; the reference is made on first use."""
+    ready: list[bool] = []
+
+    def evaluate(
+        pipeline: GenerationPipeline, num_samples: int, rank: int, world_size: int
+    ) -> dict[str, float]:
+        if not ready:
+            fit_reference(suite.to(pipeline.device), datamodule)
+            ready.append(True)
+        suite.reset()
+        stream = pipeline.stream(
+            num_samples=num_samples, seed=seed, rank=rank, world_size=world_size
+        )
+        nfe = measure(suite, stream)
+        protocol = describe(
+            pipeline, labels="balanced", num_samples=num_samples, nfe=nfe, weights="ema"
+        )
+        return {value.name: value.value for value in suite.compute(protocol)}
+
+    return evaluate
+
+
+def as_record(values: list[MetricValue]) -> dict[str, Any]:
+    """Return numbers and protocols as ``metrics.json`` stores them."""
+    protocols = {v.protocol_hash: v.protocol.to_dict() for v in values if v.protocol is not None}
+    return {"metrics": [value.to_dict() for value in values], "protocols": protocols}
