@@ -12,28 +12,8 @@ from torch import Tensor
 
 from genscale.conditioning.base import Conditioning
 from genscale.objectives.base import Denoiser
-
-
-def _map_tensors(value: Any, function: Any) -> Any:
-    """Apply ``function`` to every tensor of a nested memory (dicts, lists, tuples)."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {name: _map_tensors(item, function) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_map_tensors(item, function) for item in value)
-    return value
-
-
-def _cat_tensors(values: list[Any]) -> Any:
-    first = values[0]
-    if isinstance(first, Tensor):
-        return torch.cat(values)
-    if isinstance(first, dict):
-        return {name: _cat_tensors([value[name] for value in values]) for name in first}
-    if isinstance(first, list | tuple):
-        return type(first)(_cat_tensors(list(items)) for items in zip(*values, strict=True))
-    return first
+from genscale.objectives.memory import cat_tensors, put_rows, take_rows
+from genscale.objectives.schedule import NoiseProcess
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +36,7 @@ class State:
         history: solver history by name, tensors with a leading particle axis.
         memory: what the denoiser handed back (nested tensors with a leading particle axis).
         pending: memory after the current step's evaluation, committed by ``advance``.
+        process: the noising process a diffusion trajectory reverses, the same for all particles.
     """
 
     x: Tensor
@@ -70,6 +51,7 @@ class State:
     history: dict[str, Tensor] = field(default_factory=dict)
     memory: Any = None
     pending: Any = None
+    process: NoiseProcess | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -96,9 +78,10 @@ class State:
             nfe=pick(self.nfe),
             clean=None if self.clean is None else pick(self.clean),
             noise=None if self.noise is None else pick(self.noise),
-            history=_map_tensors(self.history, pick),
-            memory=_map_tensors(self.memory, pick),
-            pending=_map_tensors(self.pending, pick),
+            history=take_rows(self.history, index),
+            memory=take_rows(self.memory, index),
+            pending=take_rows(self.pending, index),
+            process=self.process,
         )
 
     @staticmethod
@@ -109,6 +92,11 @@ class State:
             raise ValueError(
                 "Cannot join states of which some are evaluated and some are not. "
                 "Call sampler.evaluate on all of them, or on none."
+            )
+        if len({state.process for state in states}) > 1:
+            raise ValueError(
+                "Cannot join states of trajectories under different noising processes. "
+                "Join states that were started with the same model."
             )
         done = not evaluated.pop()
         return State(
@@ -121,9 +109,22 @@ class State:
             nfe=torch.cat([state.nfe for state in states]),
             clean=torch.cat([s.clean for s in states if s.clean is not None]) if done else None,
             noise=torch.cat([s.noise for s in states if s.noise is not None]) if done else None,
-            history=_cat_tensors([state.history for state in states]),
-            memory=_cat_tensors([state.memory for state in states]),
-            pending=_cat_tensors([state.pending for state in states]),
+            history=cat_tensors([state.history for state in states]),
+            memory=cat_tensors([state.memory for state in states]),
+            pending=cat_tensors([state.pending for state in states]),
+            process=states[0].process,
+        )
+
+    def put(self, index: Tensor, part: State) -> State:
+        """Return a copy in which particles ``index`` have moved on as in ``part``, row by row.
+
+        Conditions, seeds and groups stay: ``part`` holds the same particles. Both states are
+        evaluated or neither is.
+        """
+        fields = ("x", "step", "lineage", "nfe", "clean", "noise", "history", "memory", "pending")
+        return replace(
+            self,
+            **{name: put_rows(getattr(self, name), index, getattr(part, name)) for name in fields},
         )
 
     def replace(self, **changes: Any) -> State:

@@ -1,0 +1,289 @@
+"""What solvers on a grid of noise levels share: the grid, evaluation, mixed steps, re-noising."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from functools import lru_cache
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from genscale import rng
+from genscale.conditioning.base import Conditioning
+from genscale.errors import ConfigError, did_you_mean
+from genscale.objectives.base import Denoiser, Level, on
+from genscale.objectives.schedule import NoiseProcess
+from genscale.objectives.time_sampler import shifted
+from genscale.rng import Purpose
+from genscale.samplers.base import Sampler, State
+
+Schedule = Literal["linear"]
+Precision = Literal["float32", "float64"]
+
+
+@lru_cache(maxsize=128)
+def level_grid(process: NoiseProcess, intervals: int, shift: float, end: float) -> Level:
+    """Return the levels at ``intervals + 1`` times from ``t_max`` down to ``end``.
+
+    Times are uniform, then shifted towards noise (see
+    :func:`~genscale.objectives.time_sampler.shifted`); both ends are exact. Cached, and never
+    written to.
+    """
+    unit = shifted(torch.linspace(1.0, 0.0, intervals + 1, dtype=torch.float64), shift)
+    times = end + (process.t_max - end) * unit
+    times[0], times[-1] = process.t_max, end
+    return process.level(times)
+
+
+class GridSampler(Sampler):
+    """A solver that goes from level to level of a fixed grid, each particle at its own step.
+
+    Deterministic solvers have no noise that ``advance`` could replace and ignore what is given.
+
+    Args:
+        steps: intervals N of the grid.
+        schedule: ``"linear"``: uniform in process time.
+        shift: above 1 moves the grid towards noise, for large pictures; 1 changes nothing.
+        precision: dtype of the state; the network runs in its own.
+
+    Raises:
+        ConfigError: an unknown name or an impossible number.
+    """
+
+    def __init__(
+        self,
+        steps: int = 50,
+        *,
+        schedule: Schedule = "linear",
+        shift: float = 1.0,
+        precision: Precision = "float32",
+    ) -> None:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ConfigError(
+                f"sampler.steps must be a whole number of at least 1, but is {steps!r}. "
+                "Give e.g. sampler.steps=50."
+            )
+        if not 0.0 < shift < math.inf:
+            raise ConfigError(
+                f"sampler.shift must be positive, but is {shift}. 1 leaves the grid as it is."
+            )
+        for name, value, known in (
+            ("schedule", schedule, get_args(Schedule)),
+            ("precision", precision, get_args(Precision)),
+        ):
+            if value not in known:
+                raise ConfigError(
+                    f"sampler.{name} must be one of {', '.join(known)}, but is {value!r}."
+                    f"{did_you_mean(str(value), known)}"
+                )
+        self.intervals = steps
+        self.shift = float(shift)
+        self.precision = precision
+        self.dtype = torch.float32 if precision == "float32" else torch.float64
+
+    @property
+    def num_steps(self) -> int:
+        """Number of ``advance`` calls from start to finish."""
+        return self.intervals
+
+    def nfe(self, i: int, j: int) -> int:
+        """Network evaluations from step i to step j, one branch a call."""
+        self._check_range(i, j)
+        return j - i
+
+    def grid(self, process: NoiseProcess) -> Level:
+        """Return all levels of the grid, from most noise to clean."""
+        return level_grid(process, self.intervals, self.shift, 0.0)
+
+    def start(
+        self,
+        model: Denoiser,
+        cond: Conditioning,
+        seeds: Tensor,
+        noise: Tensor | None = None,
+    ) -> State:
+        """Begin at sigma(t_max) times unit-normal noise.
+
+        Args:
+            model: the denoiser; only its process, shape and device are read.
+            cond: conditions of B samples (no fields at all for an unconditional model).
+            seeds: ``(B,)`` int64.
+            noise: ``(B, ...)`` unit normal; None draws it from the seeds.
+
+        Raises:
+            ValueError: numbers of seeds, conditions and noises that differ.
+        """
+        seeds = seeds.to(device="cpu", dtype=torch.int64)
+        count = len(seeds)
+        if noise is None:
+            keys = rng.key(seeds, Purpose.INIT).to(model.device, non_blocking=True)
+            noise = rng.normal(keys, model.sample_shape)
+        if len(noise) != count or len(cond) not in (0, count):
+            raise ValueError(
+                f"{count} seeds were given with {len(cond)} conditions and {len(noise)} noises. "
+                "Give one of each a sample."
+            )
+        noise = noise.to(device=model.device, dtype=self.dtype)
+        level = self.grid(model.process).select(torch.zeros(1, dtype=torch.int64))
+        return State(
+            x=on(level.sigma, noise) * noise,
+            cond=cond.to(model.device),
+            step=torch.zeros(count, dtype=torch.int64),
+            seeds=seeds,
+            lineage=torch.zeros(count, dtype=torch.int64),
+            group=torch.arange(count),
+            nfe=torch.zeros(count, dtype=torch.float64),
+            process=model.process,
+        )
+
+    def evaluate(self, model: Denoiser, state: State) -> State:
+        """Set ``.clean`` and ``.noise``; finished particles have their own x and zero."""
+        if state.clean is not None:
+            return state
+        active = state.step < self.num_steps
+        if bool(active.all()):
+            return self._evaluate(model, state)
+        state = state.replace(clean=state.x, noise=torch.zeros_like(state.x), pending=state.memory)
+        if not bool(active.any()):
+            return state
+        index = active.nonzero()[:, 0]
+        part = state.select(index).replace(clean=None, noise=None, pending=None)
+        return state.put(index, self._evaluate(model, part))
+
+    def advance(self, model: Denoiser, state: State, noise: Tensor | None = None) -> State:
+        """Take one step, in all particles that have one left; the others stay as they are."""
+        active = state.step < self.num_steps
+        if not bool(active.any()):
+            return state
+        state = self.evaluate(model, state)
+        if bool(active.all()):
+            return self._advance(model, state, noise)
+        index = active.nonzero()[:, 0]
+        part = self._advance(
+            model, state.select(index), None if noise is None else noise[index.to(noise.device)]
+        )
+        state = state.replace(clean=None, noise=None, memory=state.pending, pending=None)
+        return state.put(index, part)
+
+    def finish(self, state: State) -> Tensor:
+        """Return the samples ``(B, ...)``, in the state's dtype.
+
+        Raises:
+            ValueError: particles that have steps left.
+        """
+        left = self.num_steps - int(state.step.min())
+        if left > 0:
+            raise ValueError(
+                f"A particle has {left} of {self.num_steps} steps left. Call advance until "
+                "state.step equals num_steps, or sampler.run."
+            )
+        return state.x
+
+    def renoise(self, state: State, step: int | Tensor, noise: Tensor | None = None) -> State:
+        """Go back to an earlier step through the forward process.
+
+        q(x_j | x_i) = N((alpha_j / alpha_i) x_i, sigma_j^2 - (alpha_j / alpha_i)^2 sigma_i^2).
+        Particles that move get a new lineage, so that neither the steps taken again nor a later
+        return repeat their noise. What the network remembers stays; solver history is cleared.
+
+        Args:
+            state: evaluated or not; the result is not.
+            step: where to go, one for all or ``(B,)``, at most the particle's own step.
+            noise: ``(B, ...)`` unit normal; None draws it from seed and lineage.
+
+        Raises:
+            ValueError: a step that is negative or later than the particle's own.
+        """
+        target = torch.as_tensor(step, dtype=torch.int64).expand(len(state))
+        if bool(((target < 0) | (target > state.step)).any()):
+            raise ValueError(
+                f"renoise goes back to steps 0 to the particle's own, {state.step.tolist()}, but "
+                f"{target.tolist()} was asked for. Use advance to go forward."
+            )
+        now, then = self._level(state, state.step), self._level(state, target)
+        # alpha is 0 only at a flow's start, from where there is nowhere to go back to
+        ratio = torch.where(now.alpha > 0, then.alpha / now.alpha, 1.0)
+        variance = then.sigma**2 - (ratio * now.sigma) ** 2
+        fields = (state.seeds, state.lineage, state.step, target, Purpose.RENOISE)
+        noise = self._noise(state.x, rng.key(*fields)) if noise is None else noise.to(state.x)
+        std = on(variance.clamp_min(0.0).sqrt(), state.x)
+        renewed = rng.key(state.lineage, state.step, target, Purpose.RENOISE)
+        return state.replace(
+            x=on(ratio, state.x) * state.x + std * noise,
+            step=target.clone(),
+            lineage=torch.where(target < state.step, renewed, state.lineage),
+            clean=None,
+            noise=None,
+            history={},
+            pending=None,
+        )
+
+    @abstractmethod
+    def _move(self, model: Denoiser, state: State, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the next x and the evaluations ``(B,)`` spent on top of ``evaluate``'s.
+
+        All particles are evaluated and have a step left.
+        """
+
+    def _evaluate(self, model: Denoiser, state: State) -> State:
+        level = self._level(state, _shared(state.step))
+        prediction = model(state.x, level, state.cond, state.memory)
+        return state.replace(
+            clean=prediction.clean,
+            noise=prediction.noise,
+            pending=prediction.memory,
+            nfe=state.nfe + prediction.cost,
+        )
+
+    def _advance(self, model: Denoiser, state: State, noise: Tensor | None) -> State:
+        x, cost = self._move(model, state, noise)
+        return state.replace(
+            x=x,
+            step=state.step + 1,
+            nfe=state.nfe + cost,
+            clean=None,
+            noise=None,
+            memory=state.pending,
+            pending=None,
+        )
+
+    def _place(self, step: Tensor) -> Tensor:
+        """Return where on the grid a step begins."""
+        return step
+
+    def _level(self, state: State, step: Tensor) -> Level:
+        """Return the levels at which steps begin."""
+        return self.grid(_process_of(state)).select(self._place(step))
+
+    def _between(self, state: State) -> tuple[Level, Level]:
+        """Return the levels where the current step begins and ends; shared ones of length 1."""
+        step = _shared(state.step)
+        last = torch.full_like(step, self.num_steps)
+        return self._level(state, step), self._level(state, torch.minimum(step + 1, last))
+
+    def _noise(self, x: Tensor, keys: Tensor) -> Tensor:
+        """Draw unit-normal noise shaped as ``x``; float32 numbers whatever the precision."""
+        keys = keys.to(x.device, non_blocking=True)
+        return rng.normal(keys, tuple(x.shape[1:])).to(x.dtype)
+
+    def _check_range(self, i: int, j: int) -> None:
+        if not 0 <= i <= j <= self.num_steps:
+            raise ValueError(
+                f"Steps 0 <= i <= j <= {self.num_steps} were expected, but i={i} and j={j} were "
+                "given."
+            )
+
+
+def _shared(step: Tensor) -> Tensor:
+    """Return ``(1,)`` where all particles stand at one step, so that one level serves all."""
+    return step[:1] if bool((step == step[0]).all()) else step
+
+
+def _process_of(state: State) -> NoiseProcess:
+    if state.process is None:
+        raise ValueError(
+            "The state names no noising process. Begin trajectories with sampler.start."
+        )
+    return state.process
