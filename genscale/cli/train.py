@@ -45,6 +45,8 @@ def run(cfg: DictConfig) -> None:
 
 def _quiet() -> None:
     """Keep Lightning's banners and advice for other kinds of training off the terminal."""
+    import lightning.pytorch  # noqa: F401 - it sets its own levels on import
+
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in (
@@ -52,7 +54,7 @@ def _quiet() -> None:
         ".*lr_scheduler.step.*",
         ".*isinstance.treespec.*",
         ".*`training_step` returned `None`.*",
-        ".*overridden.*",
+        ".*in eval mode at the start of training.*",
         ".*IterableDataset.*",
     ):
         warnings.filterwarnings("ignore", text)

@@ -37,7 +37,7 @@ class RunCheckpoint(StepCallback, Checkpoint):
         self.every = every
         self.keep = max(keep, 1)
         self.keep_every = keep_every
-        self.log = log
+        self.train_log = log
 
     def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         """Save when due."""
@@ -45,7 +45,7 @@ class RunCheckpoint(StepCallback, Checkpoint):
         if last or due(module.step, self.every, trainer.max_steps):
             started = time.perf_counter()
             self.save(trainer, module.step)
-            self.log.exclude(time.perf_counter() - started)
+            self.train_log.exclude(time.perf_counter() - started)
 
     def save(self, trainer: pl.Trainer, step: int) -> Path:
         """Write the checkpoint of ``step`` on all processes together."""
@@ -53,12 +53,12 @@ class RunCheckpoint(StepCallback, Checkpoint):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step-{step:08d}.ckpt"
         temporary = folder / f".{path.name}.tmp"
-        trainer.save_checkpoint(temporary)
+        trainer.save_checkpoint(temporary, weights_only=False)  # optimizer state too
         if trainer.is_global_zero:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            self.log.run_log.write_csv()
+            self.train_log.run_log.write_csv()
             self._remove_old()
         trainer.strategy.barrier("checkpoint")
         return path

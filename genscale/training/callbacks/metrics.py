@@ -41,7 +41,7 @@ class PeriodicMetrics(StepCallback):
         self.evaluate = evaluate
         self.every = every
         self.num_samples = num_samples
-        self.log = log
+        self.train_log = log
 
     def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         """Evaluate when due."""
@@ -54,8 +54,8 @@ class PeriodicMetrics(StepCallback):
         row = {f"eval/{name}": value for name, value in values.items()}
         if trainer.is_global_zero:
             progress = {"step": module.step, "samples_seen": module.samples_seen}
-            self.log.run_log.append({**progress, "seconds": round(self.log.seconds, 3), **row})
+            self.train_log.run_log.append({**progress, "seconds": round(self.train_log.seconds, 3), **row})
         for logger in trainer.loggers:
             logger.log_metrics(row, step=module.step)
         trainer.strategy.barrier("metrics")
-        self.log.exclude(time.perf_counter() - started)
+        self.train_log.exclude(time.perf_counter() - started)

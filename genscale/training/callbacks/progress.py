@@ -32,7 +32,7 @@ class TrainProgress(StepCallback):
     """
 
     def __init__(self, log: TrainLog, *, every_seconds: float = 10.0) -> None:
-        self.log = log
+        self.train_log = log
         self.every_seconds = every_seconds
         self._bar: Progress | None = None
         self._last_line = 0.0
@@ -67,7 +67,7 @@ class TrainProgress(StepCallback):
         """Move the bar, or print a line when it is time."""
         if not trainer.is_global_zero:
             return
-        row = self.log.latest
+        row = self.train_log.latest
         loss = f"{row['train/loss']:.4f}" if "train/loss" in row else "-"
         rate = (
             f"{row['train/samples_per_second']:.0f} samples/s"

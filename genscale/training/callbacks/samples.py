@@ -41,7 +41,7 @@ class SampleGrid(StepCallback):
         self.every = every
         self.count = count
         self.seed = seed
-        self.log = log
+        self.train_log = log
 
     def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         """Write a grid when due."""
@@ -56,4 +56,4 @@ class SampleGrid(StepCallback):
             path.parent.mkdir(parents=True, exist_ok=True)
             save_grid(images, path, columns=columns)
         trainer.strategy.barrier("samples")
-        self.log.exclude(time.perf_counter() - started)
+        self.train_log.exclude(time.perf_counter() - started)
