@@ -146,15 +146,15 @@ class _ConcatNormLinear(torch.autograd.Function):
             # rows gamma W^T and beta W^T, (2 G, O), for the backward pass
             projected = y.new_zeros(2 * len(gamma), len(weight))
             for members, columns in _slices(len(features), width):
-                rows = weight[:, columns].to(dtype).t()  # (slice, O)
+                rows = weight[:, columns]  # (O, slice)
                 z = [
                     _scale(torch.addcmul(shift, upcast(features[i]), rstd), gamma, beta, i, dtype)
                     for i in members
                 ]
-                y = _add_product(y, _join(z), rows)
+                y = _add_product(y, _join(z), rows.t().to(dtype))
                 if any(ctx.needs_input_grad):
                     vectors = torch.cat((gamma[:, columns], beta[:, columns])).to(y.dtype)
-                    projected.addmm_(vectors, rows.to(y.dtype))
+                    projected.addmm_(vectors, rows.t().to(y.dtype))
             result = y.to(dtype)
         ctx.save_for_backward(gamma, beta, weight, bias, mean, rstd, result, projected, *features)
         ctx.dtype = dtype
@@ -186,10 +186,10 @@ class _ConcatNormLinear(torch.autograd.Function):
             grads: list[Tensor | None] = [None] * len(features)
             shift = -mean * rstd
             for members, columns in _slices(len(features), width):
-                rows = weight[:, columns].to(dtype)  # (O, slice)
+                rows = weight[:, columns]  # (O, slice)
                 if grad_beta is not None:
                     grad_beta[:, columns] = grad_rows @ rows.to(wide)
-                dz_slice = (flat @ rows).view(batch, tokens, -1)
+                dz_slice = (flat @ rows.to(dtype)).view(batch, tokens, -1)
                 z = []
                 for place, i in enumerate(members):
                     own = slice(i * width, (i + 1) * width)

@@ -14,7 +14,7 @@ from genscale.backbones.base import parameter_count
 from genscale.backbones.dimr import DiMR
 from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
-from genscale.flops import count_flops_by_module
+from genscale.flops import count_flops, count_flops_by_module, meta_twin
 
 TINY: dict[str, Any] = {
     "input_size": 8,
@@ -133,6 +133,22 @@ def test_flops_are_listed_by_module() -> None:
     # 16 cells and the class token, 4 maps of width 16 -> 4 cells of width 8; 2 FLOPs a product
     assert table["stages.1.upsample"] == 2 * 17 * 64 * 32
     assert table["stages.0"] + table["stages.1"] == table[""]
+
+
+def test_counting_copies_no_weights_and_leaves_the_model_alone() -> None:
+    model = build().train()
+    twin = meta_twin(model)
+    assert all(parameter.is_meta for parameter in twin.parameters())
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert model.training
+    # four times the cells: everything but attention (quadratic) and the class token (constant)
+    assert 4 < count_flops(model, (2, 16, 16)) / count_flops(model, (2, 8, 8)) < 5
+
+
+def test_parameters_are_listed_by_block() -> None:
+    table = build().num_parameters_by_block()
+    assert table["time"] == 4 * sum(build().time.sizes)
+    assert sum(table.values()) == parameter_count(build())
 
 
 # the contract

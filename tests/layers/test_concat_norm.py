@@ -160,3 +160,18 @@ def test_a_weight_of_another_width_is_refused() -> None:
     features, gamma, beta, weight, bias = inputs(1)
     with pytest.raises(ValueError, match="20 channels together, but weight takes 19"):
         concat_norm_linear(features, gamma, beta, weight[:, :19], bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2])
+def test_it_agrees_with_the_plain_way_on_a_gpu(rows: int) -> None:
+    features, *others = inputs(rows, dtype=torch.float32, width=64, tokens=16)
+    leaves = [leaf.detach().cuda().requires_grad_() for leaf in (*features, *others)]
+    results = []
+    for function in (concat_norm_linear, plain):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            y = function(leaves[:5], *leaves[5:])
+        results.append([y, *torch.autograd.grad(y.float().square().mean(), leaves)])
+    for fused, reference in zip(*results, strict=True):
+        error = (fused.float() - reference.float()).norm() / reference.float().norm()
+        assert error < 0.02  # a few bfloat16 roundings of 2^-9
