@@ -5,12 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 
 import torch
-from genscale.objectives.pyramid import pyramid_targets
 from torch import Tensor
 
 from genscale.backbones.dimr import DiMR
 from genscale.conditioning.base import NULL_LABEL, Conditioning
 from genscale.io.converters.dimr import config_from_official, from_official, to_official
+from genscale.objectives.pyramid import pyramid_targets
 from scripts.parity import Case, Comparison
 
 
