@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
+from genscale.errors import ConfigError
 from genscale.objectives.denoising import DenoisingObjective, PyramidWeights
 from genscale.objectives.schedule import BetaSchedule, DiscreteVP
 from genscale.objectives.time_input import TimeInput
@@ -23,6 +25,7 @@ class DDPM(DenoisingObjective):
         betas: ``"sd_scaled_linear"`` or ``"linear"``; see
             :class:`~genscale.objectives.schedule.DiscreteVP`.
         num_timesteps: N.
+        beta_range: first and last beta, where they are not the schedule's own.
         time_input: which number the network is fed (:mod:`genscale.objectives.time_input`).
         pyramid_weights: see :class:`~genscale.objectives.denoising.DenoisingObjective`.
 
@@ -37,11 +40,18 @@ class DDPM(DenoisingObjective):
         target: Literal["epsilon", "x0", "v"] = "epsilon",
         betas: BetaSchedule = "sd_scaled_linear",
         num_timesteps: int = 1000,
+        beta_range: Sequence[float] | None = None,
         time_input: TimeInput = "dimr_linear",
         pyramid_weights: PyramidWeights = "auto",
     ) -> None:
+        if beta_range is not None and len(beta_range) != 2:
+            raise ConfigError(
+                f"objective.beta_range must be [first, last], but has {len(beta_range)} entries. "
+                "Give e.g. [0.0001,0.02], or null for the schedule's own."
+            )
+        ends = None if beta_range is None else (float(beta_range[0]), float(beta_range[1]))
         super().__init__(
-            process=DiscreteVP(betas, num_timesteps),
+            process=DiscreteVP(betas, num_timesteps, ends),
             target=target,
             time_input=time_input,
             pyramid_weights=pyramid_weights,

@@ -104,13 +104,15 @@ class DiscreteVP(NoiseProcess):
             Diffusion, U-ViT and DiMR; ``"linear"`` is linspace(1e-4, 0.02, N), that of DDPM and
             DiT.
         num_timesteps: N.
+        beta_range: first and last beta, where they are not those above.
 
     Raises:
-        ConfigError: an unknown schedule, or fewer than two steps.
+        ConfigError: an unknown schedule, fewer than two steps, or betas outside (0, 1) or falling.
     """
 
     betas: BetaSchedule = "sd_scaled_linear"
     num_timesteps: int = 1000
+    beta_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         known = get_args(BetaSchedule)
@@ -123,6 +125,11 @@ class DiscreteVP(NoiseProcess):
             raise ConfigError(
                 f"objective.num_timesteps must be at least 2, but is {self.num_timesteps}. "
                 "The published models have 1000."
+            )
+        if self.beta_range is not None and not 0.0 < self.beta_range[0] < self.beta_range[1] < 1.0:
+            raise ConfigError(
+                "objective.beta_range must be [first, last] with 0 < first < last < 1, but is "
+                f"{list(self.beta_range)}. Give e.g. [0.0001,0.02]."
             )
 
     @property
@@ -143,14 +150,14 @@ class DiscreteVP(NoiseProcess):
     def time_of(self, log_snr: Tensor) -> Tensor:
         """Return the time at which log alpha = -log(1 + exp(-2 lambda)) / 2."""
         target = -0.5 * torch.nn.functional.softplus(-2.0 * log_snr.double())
-        table = _log_alpha_table(self.betas, self.num_timesteps, target.device)
+        table = self._table(target.device)
         upper = torch.searchsorted(-table, -target).clamp(2, self.num_timesteps)
         low, high = table[upper - 1], table[upper]
         place = upper - 1 + (target - low) / (high - low)
         return torch.minimum(place, target / (_SLOPE_AT_ZERO * table[1])) / self.num_timesteps
 
     def _log_alpha(self, time: Tensor) -> Tensor:
-        table = _log_alpha_table(self.betas, self.num_timesteps, time.device)
+        table = self._table(time.device)
         place = time * self.num_timesteps
         # n / N * N is not always n, but whole steps must meet their knot exactly
         whole = place.round()
@@ -162,16 +169,26 @@ class DiscreteVP(NoiseProcess):
         # second line lies above it everywhere else
         return torch.minimum(log_alpha, _SLOPE_AT_ZERO * place * table[1])
 
+    def _table(self, device: torch.device) -> Tensor:
+        return _log_alpha_table(self.betas, self.num_timesteps, self.beta_range, device)
+
 
 _SLOPE_AT_ZERO = 1e-2  # of log alpha by step, in units of its first step
+_BETA_RANGES = {"sd_scaled_linear": (0.00085, 0.012), "linear": (1e-4, 0.02)}
 
 
 @lru_cache(maxsize=16)
-def _log_alpha_table(betas: BetaSchedule, num_timesteps: int, device: torch.device) -> Tensor:
+def _log_alpha_table(
+    betas: BetaSchedule,
+    num_timesteps: int,
+    beta_range: tuple[float, float] | None,
+    device: torch.device,
+) -> Tensor:
     """Return log alpha_n of n = 0 .. N, float64 ``(N + 1,)``; never written to."""
+    first, last = beta_range or _BETA_RANGES[betas]
     if betas == "sd_scaled_linear":
-        beta = torch.linspace(0.00085**0.5, 0.012**0.5, num_timesteps, dtype=torch.float64) ** 2
+        beta = torch.linspace(first**0.5, last**0.5, num_timesteps, dtype=torch.float64) ** 2
     else:
-        beta = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64)
+        beta = torch.linspace(first, last, num_timesteps, dtype=torch.float64)
     steps = 0.5 * torch.log1p(-beta).cumsum(0)
     return torch.cat((torch.zeros(1, dtype=torch.float64), steps)).to(device)
