@@ -29,9 +29,18 @@ _ADMITTED = {
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return _encode_latin1
         if (module, name) not in _ADMITTED:
             raise pickle.UnpicklingError(f"refused {module}.{name}")
         return super().find_class(module, name)
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    """Rebuild bytes as protocols 0 to 2 store them; no other codec is reachable."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"refused the codec {encoding}")
+    return text.encode("latin1")
 
 
 def read_array_pickle(path: Path | str) -> Any:

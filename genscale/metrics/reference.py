@@ -127,7 +127,7 @@ def _read_npz(path: Path) -> ReferenceFile:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        if "allow_pickle" in str(error):
+        if str(error).startswith("Object arrays"):
             raise DataError(
                 f"{path} holds pickled Python objects, which could run code and are never read. "
                 "Write plain arrays: mu, sigma."
