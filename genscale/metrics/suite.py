@@ -382,10 +382,12 @@ class EvaluationSuite:
         return results
 
     def _warn_skipped(self) -> None:
-        for name, reason in self.skipped.items():
-            if name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(f"metric '{name}' is left out: {reason}.", stacklevel=3)
+        """Say once for every reason what is left out."""
+        for reason in dict.fromkeys(self.skipped.values()):
+            names = ", ".join(name for name, why in self.skipped.items() if why == reason)
+            if names not in self._warned:
+                self._warned.add(names)
+                warnings.warn(f"Left out of the evaluation: {names}, as {reason}.", stacklevel=3)
 
     def _check_count(self) -> None:
         counts = {holder.num_samples for holder in self._holders.values() if holder.active}
