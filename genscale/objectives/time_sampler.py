@@ -20,8 +20,8 @@ def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
         mean: of the logit; above 0 prefers noisy times.
         std: of the logit.
     """
-    tiny = torch.finfo(torch.float64).eps / 4  # half the step of the keyed uniforms; u may be 0
-    return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(tiny, 1.0 - tiny)))
+    # keyed uniforms are multiples of 2^-53 and may be 0, whose logit is infinite
+    return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(2.0**-54, 1.0 - 2.0**-53)))
 
 
 def shifted(time: Tensor, shift: float) -> Tensor:
