@@ -28,7 +28,7 @@ class Line:
     Args:
         name: for the legend.
         points: (step, value), by step.
-        smooth: draw a running average, with the values themselves behind it.
+        smooth: draw centred averages, with the values themselves behind it.
     """
 
     name: str
@@ -166,16 +166,12 @@ def _dot(name: str, point: tuple[float, float], x_axis: _Axis, y_axis: _Axis, in
 
 
 def _smooth(points: Points) -> list[tuple[float, float]]:
-    """Return centred averages over about a twentieth of the points: no lag behind the values.
-
-    Towards both ends the window narrows evenly, so that the first and last values stay in place.
-    """
+    """Return centred averages over about a twentieth of the points: no lag behind the values."""
     sums = [0.0, *itertools.accumulate(y for _, y in points)]
     half = len(points) // 40
     smoothed = []
     for index, (x, _) in enumerate(points):
-        reach = min(half, index, len(points) - 1 - index)
-        low, high = index - reach, index + reach + 1
+        low, high = max(index - half, 0), min(index + half + 1, len(points))
         smoothed.append((x, (sums[high] - sums[low]) / (high - low)))
     return smoothed
 

@@ -110,8 +110,8 @@ class RunContents:
         return [name for name in names if name.startswith(prefix)]
 
     def non_finite_rows(self) -> int:
-        """Return how many rows hold a quantity without a finite value (null in the file)."""
-        return sum(any(v is None for k, v in row.items() if "/" in k) for row in self.rows)
+        """Return how many rows hold a quantity without a finite value (null where genscale wrote)."""
+        return sum(any("/" in k and not _is_finite(v) for k, v in r.items()) for r in self.rows)
 
 
 def mapping(value: Any) -> dict[str, Any]:

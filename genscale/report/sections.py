@@ -141,8 +141,8 @@ def curves(run: RunContents) -> Markup:
     if run.torn_lines:
         lines = "line" if run.torn_lines == 1 else "lines"
         notes.append(f"{run.torn_lines} torn {lines} of metrics.jsonl left out.")
-    if run.non_finite_rows():
-        notes.append(f"{run.non_finite_rows()} rows hold a value that is not finite; not drawn.")
+    if bad := run.non_finite_rows():
+        notes.append(f"Rows with a value that is not finite, which is not drawn: {bad}.")
     if notes:
         parts.append(element("p", " ".join(notes), class_="note"))
     return section("Curves", *parts)
