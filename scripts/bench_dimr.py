@@ -19,7 +19,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -62,19 +61,30 @@ def peak_bytes(work: Callable[[], None], device: torch.device) -> int:
     return peak
 
 
-def measure(work: Callable[[], None], device: torch.device, repeats: int) -> Measurement:
-    """Run ``work`` once to warm up and measure memory, then ``repeats`` times for time."""
-    peak = peak_bytes(work, device)
-    seconds = []
+def compare(
+    works: dict[str, Callable[[], None]], device: torch.device, repeats: int
+) -> dict[str, Measurement]:
+    """Measure memory once (which also warms up), then time in turns and keep each one's best.
+
+    Taking turns and the best keeps what else the machine does out of the ratio.
+    """
+    peaks = {name: peak_bytes(work, device) for name, work in works.items()}
+    best = dict.fromkeys(works, float("inf"))
     for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return Measurement(median(seconds), peak)
+        for name, work in works.items():
+            best[name] = min(best[name], elapsed(work, device))
+    return {name: Measurement(best[name], peaks[name]) for name in works}
+
+
+def elapsed(work: Callable[[], None], device: torch.device) -> float:
+    """Return the seconds that ``work`` takes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def precision(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
@@ -133,14 +143,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--batch", type=int, help="default: 4 on a CPU, 64 on a GPU")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--repeats", type=int, help="default: 1 on a CPU, 10 on a GPU")
+    parser.add_argument("--repeats", type=int, help="default: 2 on a CPU, 10 on a GPU")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     arguments = parser.parse_args()
     device: torch.device = arguments.device
     on_cpu = device.type == "cpu"
     batch = arguments.batch or (4 if on_cpu else 64)
     dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
-    repeats = arguments.repeats or (1 if on_cpu else 10)
+    repeats = arguments.repeats or (2 if on_cpu else 10)
     settings = SLIM if on_cpu else {}
 
     cases: dict[str, Callable[[bool], Callable[[], None]]] = {
@@ -159,8 +169,8 @@ def main() -> None:
     print(f"{'plain MB':>12}{'fused MB':>12}{'ratio':>8}")
     results: dict[str, Any] = {}
     for name, make in cases.items():
-        plain = measure(make(False), device, repeats)
-        fused = measure(make(True), device, repeats)
+        found = compare({"plain": make(False), "fused": make(True)}, device, repeats)
+        plain, fused = found["plain"], found["fused"]
         time_ratio, memory_ratio = fused.seconds / plain.seconds, fused.bytes / plain.bytes
         print(
             f"{name:<28}{plain.seconds:>10.4f}{fused.seconds:>10.4f}{time_ratio:>8.2f}"
