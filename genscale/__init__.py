@@ -24,7 +24,19 @@ _PUBLIC = {
     "GenerationPipeline": "genscale.pipeline",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "Autoencoder",
+    "Backbone",
+    "BackboneOutput",
+    "Conditioning",
+    "Denoiser",
+    "GenerationPipeline",
+    "Guidance",
+    "Objective",
+    "Sampler",
+    "State",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from genscale.autoencoders.base import Autoencoder

@@ -113,13 +113,14 @@ class RunFolder:
                 "Train longer, or set callbacks.checkpoint_every lower."
             )
         if str(which).isdigit():
-            if int(which) in known:
-                return known[int(which)]
+            step = int(str(which))
+            if step in known:
+                return known[step]
             raise CheckpointError(
                 f"No checkpoint of step {which} in {self.checkpoints_dir}; there are steps "
                 f"{', '.join(map(str, known)) or 'none'}. Give one of these, or checkpoint=latest."
             )
-        path = Path(which).expanduser()
+        path = Path(str(which)).expanduser()
         if not path.is_file():
             raise CheckpointError(
                 f"No checkpoint file at {path}. Give checkpoint=latest, a step number or a path."

@@ -1,0 +1,1 @@
+"""Operational one-offs, each runnable by itself."""

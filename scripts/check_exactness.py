@@ -94,7 +94,7 @@ def check_kill(folder: Path, kills: int, steps: int, accumulate: int) -> bool:
     whole, broken = folder / "whole", folder / "broken"
     train(whole, *options)
     moments = random.Random(0)
-    killed_at = []
+    killed_at: list[int] = []
     for i in range(kills):
         resume = [] if i == 0 else ["resume=latest"]
         process = train(broken, *options, *resume, wait=False)

@@ -145,7 +145,7 @@ def _evaluate_files(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> 
         Generated(
             part, images[part], None if labels is None else labels[part], torch.zeros(len(part))
         )
-        for part in ids.split(cfg.batch_size)
+        for part in torch.split(ids, cfg.batch_size)
     )
     measure(suite, track(batches, "features", total=len(ids), show=rank == 0))
     protocol = EvalProtocol(num_samples=len(images), class_law="empirical", weights="unknown")

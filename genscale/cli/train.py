@@ -222,7 +222,6 @@ def _assemble(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> tuple[Any,
     from genscale.training.callbacks.stop import GracefulStop
     from genscale.training.module import GenerativeModule
     from genscale.training.run_log import RunLog
-    from genscale.training.summary import model_flops
 
     torch.manual_seed(cfg.seed)  # initial weights; everything later is keyed
     module = GenerativeModule(
@@ -238,7 +237,6 @@ def _assemble(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> tuple[Any,
         compile_blocks=cfg.compile,
     )
     pipeline = module_pipeline(cfg, module)
-    module.flops = model_flops(module.model)
     options = cfg.callbacks
     log = TrainLog(
         RunLog(folder.metrics_file), every=options.log_every, flops_per_sample=module.flops[""]

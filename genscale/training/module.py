@@ -14,6 +14,7 @@ from genscale import rng
 from genscale.autoencoders.base import Autoencoder
 from genscale.backbones.base import Backbone
 from genscale.conditioning.base import Conditioning
+from genscale.flops import count_flops_by_module
 from genscale.io.images import from_uint8
 from genscale.objectives.base import Batch, Objective
 from genscale.rng import Purpose
@@ -69,6 +70,7 @@ class GenerativeModule(pl.LightningModule):
         self.condition_dropout = condition_dropout
         self.seed = seed
         self.compile_blocks = compile_blocks
+        self.flops = count_flops_by_module(model, model.sample_shape)  # of one sample's forward
         self.step = 0  # optimizer steps taken, skipped ones included
         self.terms: dict[str, Tensor] = {}  # of the last batch: detached, on the device
         self.gradient_norm: Tensor | None = None
@@ -148,7 +150,7 @@ class GenerativeModule(pl.LightningModule):
         self.step += 1
         self.trainer.datamodule.samples_seen = self.samples_seen  # type: ignore[attr-defined]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule, stepped once an optimizer step."""
         optimizer = self.optimizer_factory.build(self.model)
         schedule = self.lr_schedule.build(optimizer, self.trainer.max_steps)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from genscale.backbones.base import Backbone
 from genscale.errors import ConfigError
 
 
@@ -38,8 +39,9 @@ class AdamW:
 
     def build(self, model: nn.Module) -> Optimizer:
         """Return the optimizer over the trainable parameters of ``model``."""
-        exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
-        decayed, plain = [], []
+        exempt = model.no_weight_decay() if isinstance(model, Backbone) else set()
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 (plain if name in exempt else decayed).append(parameter)
@@ -51,7 +53,7 @@ class AdamW:
         return torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=self.lr,
-            betas=tuple(self.betas),
+            betas=(self.betas[0], self.betas[1]),
             eps=self.eps,
             fused=True,
         )

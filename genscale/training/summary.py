@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from genscale.backbones.base import Backbone, parameter_count
-from genscale.flops import count_flops_by_module
 
 
 def print_model(console: Console, model: Backbone, flops: dict[str, int]) -> None:
@@ -24,9 +24,9 @@ def print_model(console: Console, model: Backbone, flops: dict[str, int]) -> Non
     console.print(table)
 
 
-def _parts(model: Backbone) -> list[tuple[str, Backbone]]:
+def _parts(model: Backbone) -> list[tuple[str, nn.Module]]:
     """Return the children, lists opened one level, so that stages of a model have their rows."""
-    parts = []
+    parts: list[tuple[str, nn.Module]] = []
     for name, child in model.named_children():
         if type(child).__name__ == "ModuleList":
             parts += [(f"{name}.{i}", item) for i, item in child.named_children()]
@@ -37,11 +37,6 @@ def _parts(model: Backbone) -> list[tuple[str, Backbone]]:
 
 def _giga(count: int | None) -> str:
     return "-" if not count else f"{count / 1e9:.4g}"
-
-
-def model_flops(model: Backbone) -> dict[str, int]:
-    """Count one sample's forward FLOPs by module."""
-    return count_flops_by_module(model, model.sample_shape)
 
 
 def print_arithmetic(

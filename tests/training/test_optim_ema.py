@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from genscale.backbones.base import Backbone
 from genscale.errors import ConfigError
 from genscale.training.ema import ConstantEMA, PowerEMA
 from genscale.training.lr_schedule import Constant, Cosine, WarmupStableDecay
 from genscale.training.optim import AdamW
 
 
-class Tiny(nn.Module):
+class Tiny(Backbone):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(3, 2)

@@ -53,8 +53,12 @@ class PeriodicMetrics(StepCallback):
         )
         row = {f"eval/{name}": value for name, value in values.items()}
         if trainer.is_global_zero:
-            progress = {"step": module.step, "samples_seen": module.samples_seen}
-            self.train_log.run_log.append({**progress, "seconds": round(self.train_log.seconds, 3), **row})
+            progress = {
+                "step": module.step,
+                "samples_seen": module.samples_seen,
+                "seconds": round(self.train_log.seconds, 3),
+            }
+            self.train_log.run_log.append({**progress, **row})
         for logger in trainer.loggers:
             logger.log_metrics(row, step=module.step)
         trainer.strategy.barrier("metrics")
