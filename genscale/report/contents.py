@@ -110,7 +110,7 @@ class RunContents:
         return [name for name in names if name.startswith(prefix)]
 
     def non_finite_rows(self) -> int:
-        """Return how many rows hold a quantity without a finite value (null where genscale wrote)."""
+        """Return how many rows hold a quantity without a finite value (null in the file)."""
         return sum(any("/" in k and not _is_finite(v) for k, v in r.items()) for r in self.rows)
 
 
