@@ -197,7 +197,7 @@ class GenerationPipeline:
     def to(self, device: str | torch.device | None) -> GenerationPipeline:
         """Move network and autoencoder; None picks CUDA where present."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(device)  # type: ignore[arg-type] - the mixin hides the signature
+        self.model.to(device)  # type: ignore[arg-type]
         self.autoencoder.to(device)
         return self
 
