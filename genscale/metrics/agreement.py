@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from genscale.errors import DataError
@@ -13,6 +14,7 @@ from genscale.metrics.features import check_images
 from genscale.metrics.subsets import stratified_rows
 
 MAX_JUDGE_IMAGES = 10_000
+_LARGEST_SIDE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +36,19 @@ class Judge:
     """A support vector machine on pixels: RBF kernel, C = 10, gamma = 1 / (d var).
 
     It has nothing in common with the networks under test or with the feature networks, so that a
-    model cannot please it by sharing their taste.
+    model cannot please it by sharing their taste. Pictures above 32 pixels are averaged over boxes.
 
     Args:
         max_images: pictures trained on at most, stratified over the classes.
         seed: key of that choice.
     """
 
-    description = "svc_rbf_c10_pixels"
+    description = "svc_rbf_c10_pixels_at_most_32"
 
     def __init__(self, *, max_images: int = MAX_JUDGE_IMAGES, seed: int = 0) -> None:
         self.max_images = max_images
         self.seed = seed
-        self._model: Any = None
+        self._machine: _Machine | None = None
         self._only_class: int | None = None
         self.num_trained = 0
 
@@ -71,8 +73,9 @@ class Judge:
         self.num_trained = len(rows)
         self._only_class = int(targets[0]) if len(targets.unique()) == 1 else None
         if self._only_class is None:
-            self._model = SVC(kernel="rbf", C=10.0, gamma="scale")
-            self._model.fit(_flat(images[rows.to(images.device)]), targets.numpy())
+            model = SVC(kernel="rbf", C=10.0, gamma="scale", cache_size=1000)
+            model.fit(_flat(images[rows.to(images.device)]).numpy(), targets.numpy())
+            self._machine = _Machine.of(model)
         return self
 
     def predict(self, images: Tensor) -> Tensor:
@@ -83,9 +86,9 @@ class Judge:
         """
         if self._only_class is not None:
             return torch.full((len(images),), self._only_class, dtype=torch.int64)
-        if self._model is None:
+        if self._machine is None:
             raise DataError("The judge has not been trained. Call fit(images, labels) first.")
-        return torch.from_numpy(self._model.predict(_flat(images))).to(torch.int64)
+        return torch.cat([self._machine.predict(_flat(part)) for part in images.split(1024)])
 
     def agreement(self, images: Tensor, labels: Tensor) -> Agreement:
         """Compare predictions with labels ``(n,)``."""
@@ -97,6 +100,55 @@ class Judge:
         return Agreement(float(right.double().mean()), per_class, len(labels))
 
 
-def _flat(images: Tensor) -> Any:
-    """Return pixels in [0, 1] as a float64 matrix ``(n, C * H * W)``."""
-    return (check_images(images).cpu().flatten(1).to(torch.float64) / 255.0).numpy()
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    """A trained machine's numbers, evaluated with one matrix product a batch.
+
+    libsvm computes a kernel row at a time; the same votes come some 20 times as fast this way.
+    """
+
+    classes: Tensor  # (K,)
+    support: Tensor  # (n, d) support vectors, grouped by class
+    starts: list[int]  # first support vector of each class, and n
+    dual: Tensor  # (K - 1, n) coefficients as libsvm lays them out
+    intercepts: Tensor  # (K (K - 1) / 2,), one a pair of classes
+    gamma: float
+
+    @classmethod
+    def of(cls, model: Any) -> _Machine:
+        counts = torch.from_numpy(model.n_support_).to(torch.int64)
+        # for two classes scikit-learn hands out libsvm's numbers with the sign turned
+        sign = -1.0 if len(model.classes_) == 2 else 1.0
+        return cls(
+            classes=torch.from_numpy(model.classes_).to(torch.int64),
+            support=torch.from_numpy(model.support_vectors_),
+            starts=[0, *counts.cumsum(0).tolist()],
+            dual=sign * torch.from_numpy(model.dual_coef_),
+            intercepts=sign * torch.from_numpy(model.intercept_),
+            gamma=float(model._gamma),
+        )
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Return the class that wins most duels of two, the lower one at a tie: ``(B,)``."""
+        squared = x.square().sum(1)[:, None] + self.support.square().sum(1)[None]
+        kernel = torch.exp(-self.gamma * (squared - 2.0 * (x @ self.support.T)))
+        votes = torch.zeros(len(x), len(self.classes), dtype=torch.int64)
+        pair = 0
+        for i in range(len(self.classes)):
+            own = slice(self.starts[i], self.starts[i + 1])
+            for j in range(i + 1, len(self.classes)):
+                other = slice(self.starts[j], self.starts[j + 1])
+                decision = kernel[:, own] @ self.dual[j - 1, own] + self.intercepts[pair]
+                decision += kernel[:, other] @ self.dual[i, other]
+                won = decision > 0
+                votes[:, i] += won
+                votes[:, j] += ~won
+                pair += 1
+        return self.classes[votes.argmax(dim=1)]
+
+
+def _flat(images: Tensor) -> Tensor:
+    """Return pixels in [0, 1] as a float64 matrix ``(n, C * H * W)``, at most 32 a side."""
+    pixels = check_images(images).cpu().to(torch.float64) / 255.0
+    size = (min(pixels.shape[2], _LARGEST_SIDE), min(pixels.shape[3], _LARGEST_SIDE))
+    return F.adaptive_avg_pool2d(pixels, size).flatten(1)

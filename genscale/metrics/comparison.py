@@ -205,9 +205,9 @@ class SetComparison:
 
     def _fd(self) -> Measured:
         value, details = self._frechet_value("main")
-        floor, heldout = self.reference.frechet_floor, self.reference.heldout
-        if floor is not None and heldout is not None:
-            details |= {"floor": floor, "floor_n": len(heldout)}
+        floor = self.reference.frechet_floor(details["n"], self.settings.seed)
+        if floor is not None:
+            details |= {"floor": floor[0], "floor_n": floor[1]}
         return value, details
 
     def _sfd(self) -> Measured:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 
 from torch import Tensor
 
@@ -38,14 +37,22 @@ class NetworkReference:
         self.statistics = statistics
         self.features = features
         self.heldout = heldout
+        self._floors: dict[tuple[int, int], float] = {}
         self._heldout_distances: dict[tuple[int, int], Tensor] = {}
 
-    @cached_property
-    def frechet_floor(self) -> float | None:
-        """Frechet distance of the held-out pictures: what real pictures score."""
+    def frechet_floor(self, count: int, seed: int) -> tuple[float, int] | None:
+        """Return what real pictures score: the distance of held-out ones, and how many were taken.
+
+        As many as there are samples are taken where there are enough, since the distance of a set
+        depends on its size; None without held-out pictures.
+        """
         if self.features is None or self.heldout is None or len(self.heldout) < 2:
             return None
-        return compare_features(self.heldout, self.features).value
+        rows = keyed_rows(len(self.heldout), max(count, 2), seed)
+        if (len(rows), seed) not in self._floors:
+            value = compare_features(self.heldout[rows], self.features).value
+            self._floors[len(rows), seed] = value
+        return self._floors[len(rows), seed], len(rows)
 
     def heldout_distances(self, limit: int, seed: int) -> Tensor:
         """Return distances of at most ``limit`` held-out pictures to their nearest reference."""

@@ -47,6 +47,27 @@ def test_the_judge_trains_on_a_stratified_part_of_large_sets(digits: tuple) -> N
     assert judge.agreement(heldout, heldout_labels).share > 0.9
 
 
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+def test_the_judge_votes_as_the_library_does(digits: tuple, num_classes: int) -> None:
+    from sklearn.svm import SVC
+
+    images, labels, heldout, _ = digits
+    rows = (labels < num_classes).nonzero().flatten()[:300]
+    model = SVC(kernel="rbf", C=10.0, gamma="scale")
+    model.fit((images[rows].flatten(1).double() / 255).numpy(), labels[rows].numpy())
+    expected = model.predict((heldout.flatten(1).double() / 255).numpy())
+    predicted = Judge().fit(images[rows], labels[rows]).predict(heldout)
+    assert predicted.tolist() == expected.tolist()
+
+
+def test_large_pictures_are_judged_at_32_pixels(digits: tuple) -> None:
+    large = digits[0][:200].repeat_interleave(8, 2).repeat_interleave(8, 3)  # 64 px
+    small = digits[0][:200].repeat_interleave(4, 2).repeat_interleave(4, 3)  # 32 px
+    labels = digits[1][:200]
+    judges = [Judge().fit(images, labels) for images in (large, small)]
+    assert torch.equal(judges[0].predict(large), judges[1].predict(small))
+
+
 def test_a_set_of_one_class_gives_a_judge_of_one_answer(digits: tuple) -> None:
     judge = Judge().fit(digits[0][:5], torch.full((5,), 7))
     assert judge.predict(digits[2][:3]).tolist() == [7, 7, 7]

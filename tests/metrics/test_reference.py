@@ -219,7 +219,11 @@ def test_a_network_describes_pictures_or_takes_its_own_statistics() -> None:
     features = network(images)["pixels"]
     assert torch.equal(described.features, features)
     torch.testing.assert_close(described.statistics["pixels"].mean, features.double().mean(0))
-    assert described.frechet_floor is not None
+    assert described.frechet_floor(3, 0) == described.frechet_floor(3, 0)
+    floor = described.frechet_floor(100, 0)
+    assert floor is not None
+    assert floor[1] == 4  # all there are
+    assert reference_from_images(network, images).frechet_floor(3, 0) is None
     origin = ReferenceOrigin(extractor=network.description)
     statistics = _statistics(12)
     both = ReferenceFile("f", "", {"mu": statistics}, origin, images=images)
