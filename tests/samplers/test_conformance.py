@@ -1,0 +1,272 @@
+"""What every sampler promises, whatever it computes."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from genscale.conditioning.base import Conditioning
+from genscale.objectives.schedule import DiscreteVP, LinearFlow, NoiseProcess
+from genscale.samplers.base import Sampler, State
+from genscale.samplers.dpm_fast import DPMSolverFast
+from genscale.samplers.grid import GridSampler
+from genscale.samplers.ode import Euler, Heun
+from genscale.samplers.sde import DDIM
+
+SAMPLERS = {
+    "euler": Euler(5),
+    "euler-shift": Euler(5, shift=3.0, precision="float64"),
+    "heun": Heun(4),
+    "ddim": DDIM(5),
+    "ddim-eta": DDIM(5, eta=0.7),
+    "ddim-ancestral": DDIM(5, eta=1.0, precision="float64"),
+    # 7, 8 and 9 evaluations end with steps of order 1, of order 2, and of both
+    "dpm-7": DPMSolverFast(7),
+    "dpm-8": DPMSolverFast(8, precision="float64"),
+    "dpm-9": DPMSolverFast(9),
+    "dpm-order-2": DPMSolverFast(5, order=2),
+}
+COUNT = 4
+
+
+@pytest.fixture(params=[LinearFlow(), DiscreteVP()], ids=["flow", "vp"])
+def model(request: pytest.FixtureRequest, rational: Any) -> Any:
+    return rational(request.param)
+
+
+@pytest.fixture(params=SAMPLERS.values(), ids=SAMPLERS)
+def sampler(request: pytest.FixtureRequest) -> GridSampler:
+    return request.param
+
+
+def _start(sampler: Sampler, model: Any, rows: list[int] | None = None) -> State:
+    rows = list(range(COUNT)) if rows is None else rows
+    cond = Conditioning(labels=torch.tensor(rows))
+    return sampler.start(model, cond, torch.tensor(rows) + 100)
+
+
+def _finish(sampler: Sampler, model: Any, state: State) -> Tensor:
+    while int(state.step.min()) < sampler.num_steps:
+        state = sampler.advance(model, state)
+    return sampler.finish(state)
+
+
+def _equal(one: State, other: State) -> bool:
+    names = ("x", "step", "seeds", "lineage", "group", "nfe")
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
+
+
+def test_a_snapshot_continues_bit_for_bit(sampler: GridSampler, model: Any) -> None:
+    state = _start(sampler, model)
+    expected = sampler.run(
+        model, Conditioning(labels=torch.arange(COUNT)), torch.arange(COUNT) + 100
+    )
+    for taken in range(sampler.num_steps):
+        # evaluated or not, a state is all there is to save
+        saved = sampler.evaluate(model, state) if taken % 2 else state
+        file = io.BytesIO()
+        torch.save(saved, file)
+        restored = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+        assert torch.equal(_finish(sampler, model, restored), expected.x)
+        state = sampler.advance(model, state)
+    assert _equal(state, expected)
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_selected_particles_continue_bit_for_bit(
+    sampler: GridSampler, model: Any, evaluated: bool
+) -> None:
+    whole = _finish(sampler, model, _start(sampler, model))
+    state = sampler.advance(model, _start(sampler, model))
+    if evaluated:
+        state = sampler.evaluate(model, state)
+    index = torch.tensor([2, 0, 2])
+    assert torch.equal(_finish(sampler, model, state.select(index)), whole[index])
+
+
+def test_a_sample_does_not_depend_on_its_batch(sampler: GridSampler, model: Any) -> None:
+    whole = _finish(sampler, model, _start(sampler, model))
+    for rows in ([3], [1, 0], [0, 1, 2, 3]):
+        assert torch.equal(_finish(sampler, model, _start(sampler, model, rows)), whole[rows])
+
+
+def test_evaluating_twice_is_evaluating_once(sampler: GridSampler, model: Any) -> None:
+    state = sampler.advance(model, _start(sampler, model))
+    before = len(model.calls)
+    once = sampler.evaluate(model, state)
+    assert sampler.evaluate(model, once) is once
+    assert len(model.calls) == before + 1
+    assert state.clean is None
+    # nothing is committed: the trajectory is that of a state never looked at
+    assert torch.equal(_finish(sampler, model, once), _finish(sampler, model, state))
+
+
+def test_the_estimates_describe_x(sampler: GridSampler, model: Any) -> None:
+    state = sampler.evaluate(model, sampler.advance(model, _start(sampler, model)))
+    grid = sampler.grid(model.process)
+    place = int(sampler.places[1]) if isinstance(sampler, DPMSolverFast) else 1
+    alpha, sigma = float(grid.alpha[place]), float(grid.sigma[place])
+    assert state.clean is not None
+    assert state.noise is not None
+    torch.testing.assert_close(alpha * state.clean + sigma * state.noise, state.x)
+
+
+def test_advance_leaves_nothing_evaluated(sampler: GridSampler, model: Any) -> None:
+    state = sampler.advance(model, _start(sampler, model))
+    assert state.clean is None
+    assert state.noise is None
+    assert state.pending is None
+    assert state.memory is not None
+
+
+def test_evaluations_are_those_announced(sampler: GridSampler, model: Any) -> None:
+    state = _start(sampler, model)
+    for i in range(sampler.num_steps):
+        before = len(model.calls)
+        state = sampler.advance(model, state)
+        assert len(model.calls) - before == sampler.nfe(i, i + 1)
+        assert state.nfe.tolist() == [sampler.nfe(0, i + 1)] * COUNT
+    assert sampler.nfe(0, 0) == 0
+    with pytest.raises(ValueError, match="Steps 0 <= i <= j <="):
+        sampler.nfe(0, sampler.num_steps + 1)
+
+
+def test_particles_at_different_steps_go_together(sampler: GridSampler, model: Any) -> None:
+    whole = _start(sampler, model)
+    separate = _finish(sampler, model, whole)
+    parts = []
+    for row in range(COUNT):
+        part = whole.select(torch.tensor([row]))
+        for _ in range(min(row + 1, sampler.num_steps)):  # a network with memory has begun
+            part = sampler.advance(model, part)
+        parts.append(part)
+    parts[-1] = parts[-1].replace(x=separate[-1:], step=torch.tensor([sampler.num_steps]))
+    mixed = State.cat(parts)
+    assert mixed.shared_step is None
+    evaluated = sampler.evaluate(model, mixed)
+    assert torch.equal(_finish(sampler, model, evaluated), separate)
+    assert torch.equal(_finish(sampler, model, mixed), separate)
+
+
+def test_finished_particles_cost_nothing_and_stay(sampler: GridSampler, model: Any) -> None:
+    done = sampler.run(model, Conditioning(labels=torch.arange(COUNT)), torch.arange(COUNT) + 100)
+    calls = len(model.calls)
+    assert sampler.advance(model, done) is done
+    assert torch.equal(sampler.evaluate(model, done).clean, done.x)
+    assert len(model.calls) == calls
+    almost = sampler.advance(model, _start(sampler, model))
+    mixed = State.cat([done.select(torch.tensor([0])), almost.select(torch.tensor([1]))])
+    calls = len(model.calls)
+    after = sampler.advance(model, mixed)
+    assert model.calls[calls:] == [1] * sampler.nfe(1, 2)
+    assert torch.equal(after.x[0], done.x[0])
+    assert after.nfe[0] == done.nfe[0]
+    assert after.step.tolist() == [sampler.num_steps, 2]
+
+
+def test_the_iterator_shows_every_step_evaluated(sampler: GridSampler, model: Any) -> None:
+    states = list(sampler.steps(model, _start(sampler, model)))
+    assert len(states) == sampler.num_steps + 1
+    assert all(state.clean is not None for state in states[:-1])
+    assert torch.equal(states[-1].x, _finish(sampler, model, _start(sampler, model)))
+
+
+def test_start_noise_comes_from_the_seed_or_from_the_caller(
+    sampler: GridSampler, model: Any
+) -> None:
+    seeds = torch.tensor([5, 6])
+    own = sampler.start(model, Conditioning(), seeds)
+    assert own.x.dtype == (torch.float64 if sampler.precision == "float64" else torch.float32)
+    sigma = float(model.process.level(model.process.t_max).sigma)
+    given = sampler.start(model, Conditioning(), seeds, noise=own.x / sigma)
+    torch.testing.assert_close(given.x, own.x)
+    assert not torch.equal(own.x[0], own.x[1])
+    with pytest.raises(ValueError, match="2 seeds were given with 0 conditions and 3 noises"):
+        sampler.start(model, Conditioning(), seeds, noise=torch.zeros(3, 2, 3))
+
+
+def test_finish_wants_finished_particles(sampler: GridSampler, model: Any) -> None:
+    steps = sampler.num_steps
+    with pytest.raises(ValueError, match=f"A particle has {steps} of {steps} steps left"):
+        sampler.finish(_start(sampler, model))
+
+
+def test_gradients_flow_from_the_samples_to_the_start(sampler: GridSampler, model: Any) -> None:
+    noise = torch.ones(2, 2, 3, requires_grad=True)
+    state = sampler.run(model, Conditioning(), torch.arange(2), noise)
+    torch.autograd.backward(state.x.sum())
+    assert noise.grad is not None
+    assert bool(torch.isfinite(noise.grad).all())
+    assert bool((noise.grad != 0).any())
+
+
+class TestRenoise:
+    def test_it_is_the_forward_kernel(self, sampler: GridSampler, model: Any) -> None:
+        state = sampler.advance(model, _start(sampler, model))
+        if sampler.num_steps > 2:
+            state = sampler.advance(model, state)
+        noise = torch.linspace(-1, 1, state.x.numel()).view_as(state.x)
+        back = sampler.renoise(state, 1, noise)
+        i, j = (
+            (int(sampler.places[k]) if isinstance(sampler, DPMSolverFast) else k)
+            for k in (int(state.step[0]), 1)
+        )
+        grid = sampler.grid(model.process)
+        ratio = grid.alpha[j] / grid.alpha[i]
+        # the variance that is missing: sigma_j^2 = ratio^2 sigma_i^2 + std^2
+        std = (grid.sigma[j] ** 2 - ratio**2 * grid.sigma[i] ** 2).sqrt()
+        torch.testing.assert_close(back.x, float(ratio) * state.x + float(std) * noise.to(state.x))
+        assert back.step.tolist() == [1] * COUNT
+        assert back.nfe.tolist() == state.nfe.tolist()
+
+    def test_keyed_noise_is_the_same_in_any_batch(self, sampler: GridSampler, model: Any) -> None:
+        state = sampler.advance(model, _start(sampler, model))
+        back = sampler.renoise(state, 0)
+        index = torch.tensor([3, 1])
+        assert torch.equal(sampler.renoise(state.select(index), 0).x, back.x[index])
+
+    def test_going_back_again_draws_other_noise(self, sampler: GridSampler, model: Any) -> None:
+        state = sampler.advance(model, _start(sampler, model))
+        first = sampler.renoise(state, 0)
+        # back at the same place with the same x, after having gone back once
+        again = sampler.renoise(state.replace(lineage=first.lineage), 0)
+        assert not torch.equal(again.x, first.x)
+
+    def test_particles_go_where_they_are_sent(self, sampler: GridSampler, model: Any) -> None:
+        state = sampler.evaluate(model, sampler.advance(model, _start(sampler, model)))
+        back = sampler.renoise(state, torch.tensor([1, 0, 1, 0]))
+        assert back.step.tolist() == [1, 0, 1, 0]
+        assert torch.equal(back.x[0], state.x[0])
+        assert (back.lineage == state.lineage).tolist() == [True, False, True, False]
+        assert back.clean is None
+        assert int(_finish(sampler, model, back).isfinite().all()) == 1
+
+    def test_it_does_not_go_forward(self, sampler: GridSampler, model: Any) -> None:
+        with pytest.raises(ValueError, match="renoise goes back to steps 0"):
+            sampler.renoise(_start(sampler, model), 1)
+
+
+def test_states_of_other_processes_do_not_mix(rational: Any) -> None:
+    states = []
+    processes: list[NoiseProcess] = [LinearFlow(), DiscreteVP()]
+    for process in processes:
+        states.append(_start(Euler(3), rational(process)))
+    with pytest.raises(ValueError, match="under different noising processes"):
+        State.cat(states)
+
+
+def test_evaluated_and_other_states_do_not_mix(rational: Any) -> None:
+    sampler, model = Euler(3), rational(LinearFlow())
+    state = _start(sampler, model)
+    with pytest.raises(ValueError, match="some are evaluated and some are not"):
+        State.cat([state, sampler.evaluate(model, state)])
+
+
+def test_a_state_without_process_is_refused(rational: Any) -> None:
+    sampler, model = Euler(3), rational(LinearFlow())
+    with pytest.raises(ValueError, match="names no noising process"):
+        sampler.evaluate(model, _start(sampler, model).replace(process=None))
