@@ -139,9 +139,15 @@ class EvaluationSuite:
         self._device = torch.device(device)
         return self
 
-    def check(self) -> list[str]:
-        """Return a sentence for every file or package that is missing; nothing is read."""
+    def check(self, num_samples: int | None = None) -> list[str]:
+        """Return a sentence for everything that would fail later; no file is read.
+
+        Args:
+            num_samples: how many samples are going to be evaluated, if that is known.
+        """
         problems = [sentence for network in self.networks for sentence in network.check()]
+        if None not in (num_samples, self.num_samples) and num_samples != self.num_samples:
+            problems.append(self._wrong_count(int(num_samples or 0)))
         if self.reference is not None and not Path(self.reference).expanduser().is_file():
             problems.append(
                 f"No reference at {self.reference}. Give an existing npz, pkl or safetensors file."
@@ -392,11 +398,13 @@ class EvaluationSuite:
     def _check_count(self) -> None:
         counts = {holder.num_samples for holder in self._holders.values() if holder.active}
         if self.num_samples is not None and counts - {self.num_samples}:
-            raise ProtocolError(
-                f"The protocol demands {self.num_samples} samples, but {max(counts)} different "
-                f"ones were given. Generate num_samples={self.num_samples}, or set "
-                "metrics.num_samples=null."
-            )
+            raise ProtocolError(self._wrong_count(max(counts)))
+
+    def _wrong_count(self, count: int) -> str:
+        return (
+            f"The metrics demand {self.num_samples} samples, but {count} different ones were "
+            f"given. Generate num_samples={self.num_samples}, or set metrics.num_samples=null."
+        )
 
     def _protocol_of(
         self, planned: PlannedMetric, holder: FeatureMetrics | LabelMetrics, base: EvalProtocol

@@ -260,8 +260,11 @@ def test_fid_against_a_file_of_statistics(
         num_samples=3,
     )
     suite.update(samples[0][:3], samples[1][:3])
-    with pytest.warns(UserWarning, match=r"3 samples in 2048 dimensions"):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         results = suite.compute()
+    assert "3 samples in 2048 dimensions" in str(said[0].message)
+    assert "precision, as the reference has statistics, but no" in str(said[1].message)
     values = _values(results)
     assert list(values) == ["fid", "inception_score"]
     # equal means; the samples' covariance commutes with the multiple c of the identity, so
@@ -282,8 +285,10 @@ def test_fid_against_a_file_of_statistics(
 
 def test_a_demanded_number_of_samples_is_counted(digits: tuple, samples: tuple) -> None:
     suite = _fit(EvaluationSuite(["fd_pixels"], [Pixels(4)], num_samples=100), digits)
+    assert suite.check() == suite.check(num_samples=100) == []
+    assert "demand 100 samples, but 50" in suite.check(num_samples=50)[0]
     suite.update(samples[0], sample_ids=torch.arange(120))
-    with pytest.raises(ProtocolError, match="demands 100 samples, but 120 different ones"):
+    with pytest.raises(ProtocolError, match="demand 100 samples, but 120 different ones"):
         suite.compute()
     suite.reset()
     suite.update(samples[0], sample_ids=torch.arange(120) % 100)
