@@ -54,8 +54,11 @@ def _unanswered(
     """Say why a reference has no answer, and whether what it refers to is the trouble."""
     from omegaconf import OmegaConf
 
-    if isinstance(error.__cause__, GenscaleError):
-        return f"'{name}' cannot be computed: {error.__cause__}", False
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, GenscaleError):
+        inner = inner.__cause__ or inner.__context__
+    if inner is not None:  # a resolver of ours
+        return f"'{name}' cannot be computed: {inner}", False
     text = str(OmegaConf.to_container(node, resolve=False)[key])  # type: ignore[index]
     known = list(_all_keys(OmegaConf.to_container(root, resolve=False)))
     for reference in _REFERENCE.findall(text):

@@ -30,6 +30,7 @@ _HIGHER = (
     *("precision", "recall", "density", "coverage", "inception_score"),
     *("label_agreement", "judge_accuracy", "samples_to_real"),
 )
+_FIRST = ("floor", "std")  # what the value is to be read against
 _NO_NEWS = ("seconds",)  # details that are the same story as the table's foot
 
 
@@ -122,10 +123,12 @@ def _cell(evaluation: Evaluation, name: str) -> Markup:
         " ",
         element("a" if known else "span", key, class_="hash", href=href),
     ]
+    found = mapping(row.get("details"))
+    ordered = [*(label for label in _FIRST if label in found), *found]
     details = [
-        f"{label.replace('_', ' ')} {number(value)}"
-        for label, value in mapping(row.get("details")).items()
-        if label not in _NO_NEWS and isinstance(value, int | float)
+        f"{label.replace('_', ' ')} {number(found[label])}"
+        for label in dict.fromkeys(ordered)
+        if label not in _NO_NEWS and isinstance(found[label], int | float)
     ]
     if details:
         parts.append(element("small", ", ".join(details)))

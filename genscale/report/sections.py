@@ -48,10 +48,7 @@ def headline(run: RunContents) -> Markup:
         ("last loss", number(losses[-1][1]) if losses else None),
     ]
     newest = run.evaluations[-1].metrics if run.evaluations else []
-    facts += [
-        (f"{row['name']} of {run.evaluations[-1].name}", number(row.get("value")))
-        for row in newest[:2]
-    ]
+    facts += [(f"{row['name']}, newest evaluation", number(row.get("value"))) for row in newest[:2]]
     tiles = [
         element("div", element("b", value), element("span", label), class_="tile")
         for label, value in facts
@@ -217,32 +214,44 @@ def commands(run: RunContents) -> Markup:
     """Give the commands that repeat what is shown."""
     shown_run = shlex.quote(f"run={run.shown_path}")
     parts: list[str] = []
-    typed = run.environment.get("command")
-    if isinstance(typed, list) and typed:
-        words = [str(word) for word in typed]
-        program = words[0].rpartition("/")[2]
-        start = ["python", program] if program.endswith(".py") else [program]
-        parts += ["Train:", element("pre", shlex.join([*start, *words[1:]]))]
+    typed = _typed(run.environment.get("command"))
+    if typed:
+        parts += ["Train:", element("pre", typed)]
     for evaluation in run.evaluations:
-        line = f"python evaluate.py {shown_run} {shlex.join(_evaluation_words(evaluation))}"
-        parts += [f"Evaluate, as in {evaluation.name}:", element("pre", line.strip())]
+        line = _typed(evaluation.record.get("command"))
+        if not line:
+            words = [f"run={run.shown_path}", *_evaluation_words(run, evaluation)]
+            line = f"python evaluate.py {shlex.join(words)}"
+        parts += [f"Evaluate, as in {evaluation.name}:", element("pre", line)]
     parts += ["Sample:", element("pre", f"python sample.py {shown_run} num_samples=64")]
     return section("Commands", *parts)
 
 
-def _evaluation_words(evaluation: Evaluation) -> list[str]:
-    """Return the settings of an evaluation as overrides."""
+def _typed(command: Any) -> str:
+    """Write a recorded ``sys.argv`` as one would type it; empty where none was recorded."""
+    if not isinstance(command, list) or not command:
+        return ""
+    words = [str(word) for word in command]
+    program = words[0].rpartition("/")[2]
+    start = ["python", program] if program.endswith(".py") else [program]
+    return shlex.join([*start, *words[1:]])
+
+
+def _evaluation_words(run: RunContents, evaluation: Evaluation) -> list[str]:
+    """Return the settings of an evaluation as overrides; a changed class is given by its path."""
     record = evaluation.record
     names = ("checkpoint", "weights", "num_samples", "seed")
     words = [f"{name}={record[name]}" for name in names if record.get(name) is not None]
-    sampler, guidance = mapping(record.get("sampler")), mapping(record.get("guidance"))
-    if sampler.get("steps") is not None:
-        words.append(f"sampler.steps={sampler['steps']}")
-    for name in ("scale", "interval"):
-        value = guidance.get(name)
-        if value is not None:
-            text = str(value).replace(" ", "")
-            words.append(f"guidance.{name}={text}")
+    for group, keys in (("sampler", ("steps",)), ("guidance", ("scale", "interval"))):
+        used, own = mapping(record.get(group)), mapping(run.config.get(group))
+        target = str(used.get("_target_") or "")
+        if target.endswith(".Unguided"):
+            words.append("guidance=none")
+        elif own and target and target != own.get("_target_"):
+            words.append(f"{group}._target_={target}")
+        for key in keys:
+            if used.get(key) is not None:
+                words.append(f"{group}.{key}={str(used[key]).replace(' ', '')}")
     return words
 
 

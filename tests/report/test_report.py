@@ -162,7 +162,7 @@ def test_headline(run):
         "1.23 M parameters",
         "1 h 1 min training time",
         "0.0333 last loss",
-        "8.500 fd_probe of 2-guided",
+        "8.500 fd_probe, newest evaluation",
     ):
         assert fact in text
 
@@ -259,6 +259,20 @@ def test_commands_to_repeat(run):
         "weights=ema num_samples=500 seed=3 sampler.steps=30 guidance.scale=2.0" in text
     )
     assert "/somewhere" not in text
+
+
+def test_an_evaluation_that_recorded_its_command_shows_it(run):
+    path = run / "evaluations" / "2-guided" / "metrics.json"
+    command = ["/somewhere/bin/genscale-evaluate", "run=a", "sampler=heun"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"command": command}))
+    assert "genscale-evaluate run=a sampler=heun" in Page(write_report(run)).text
+
+
+def test_an_evaluation_with_another_sampler_names_its_class(run):
+    with (run / "config.yaml").open("a") as file:
+        file.write("sampler:\n  _target_: genscale.samplers.ode.Euler\n")
+    text = Page(write_report(run)).text
+    assert "sampler._target_=genscale.samplers.ode.Heun sampler.steps=30" in text
 
 
 def test_an_empty_folder_gives_a_page_of_plain_sentences(tmp_path):
