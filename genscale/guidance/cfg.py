@@ -83,7 +83,7 @@ class ClassifierFree(Guidance):
 
     def scale_at(self, level: Level, process: NoiseProcess) -> Tensor:
         """Return w of each row of a level, float64 on the CPU; exactly 1 where nothing guides."""
-        scale = torch.full((len(level),), self.scale, dtype=torch.float64)
+        scale = torch.full_like(level.alpha, self.scale)
         if self.form == "constant" and self.interval is None:
             return scale
         time = process.time_at(level) / process.t_max
@@ -165,7 +165,7 @@ class _GuidedView(Denoiser):
         n = len(x)
         out = self.view(
             torch.cat((x, x[index])),
-            level.select(torch.cat((torch.arange(n), guided))),
+            level.select(torch.cat((torch.arange(n, device="cpu"), guided))),
             Conditioning.cat([cond, null_cond]),
             cat_tensors([memory["conditional"], null_memory]),
         )

@@ -76,7 +76,7 @@ class NetworkView(Denoiser):
         clean, noise = clean_and_noise(
             self.target, prediction, x, on(own.alpha, x), on(own.sigma, x)
         )
-        cost = torch.ones(len(x), dtype=torch.float64)
+        cost = torch.ones(len(x), dtype=torch.float64, device="cpu")
         return Prediction(clean, noise, output.memory, cost)
 
     def _match(self, level: Level) -> tuple[Level, Tensor]:

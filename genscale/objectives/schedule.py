@@ -50,7 +50,9 @@ class NoiseProcess(ABC):
 
     def level(self, time: Tensor | float) -> Level:
         """Return the level at a time (float64, any batch shape ``(B,)`` or ``(1,)``)."""
-        time = torch.as_tensor(time, dtype=torch.float64).reshape(-1)
+        if not isinstance(time, Tensor):
+            time = torch.tensor(time, dtype=torch.float64, device="cpu")
+        time = time.to(torch.float64).reshape(-1)
         alpha, sigma = self.coefficients(time)
         return Level(alpha, sigma, time)
 
@@ -186,9 +188,11 @@ def _log_alpha_table(
 ) -> Tensor:
     """Return log alpha_n of n = 0 .. N, float64 ``(N + 1,)``; never written to."""
     first, last = beta_range or _BETA_RANGES[betas]
-    if betas == "sd_scaled_linear":
-        beta = torch.linspace(first**0.5, last**0.5, num_timesteps, dtype=torch.float64) ** 2
-    else:
-        beta = torch.linspace(first, last, num_timesteps, dtype=torch.float64)
-    steps = 0.5 * torch.log1p(-beta).cumsum(0)
-    return torch.cat((torch.zeros(1, dtype=torch.float64), steps)).to(device)
+    # also where the first caller does not: a later one may differentiate, or be on another device
+    with torch.inference_mode(False), torch.device("cpu"):
+        if betas == "sd_scaled_linear":
+            beta = torch.linspace(first**0.5, last**0.5, num_timesteps, dtype=torch.float64) ** 2
+        else:
+            beta = torch.linspace(first, last, num_timesteps, dtype=torch.float64)
+        steps = 0.5 * torch.log1p(-beta).cumsum(0)
+        return torch.nn.functional.pad(steps, (1, 0)).to(device)

@@ -53,8 +53,8 @@ class DPMSolverFast(GridSampler):
                 f"sampler.order must be 1, 2 or 3, but is {order}. The published models use 3."
             )
         self.order = order
-        self.orders = torch.tensor(_orders(steps, order))
-        self.places = torch.cat((torch.zeros(1, dtype=torch.int64), self.orders.cumsum(0)))
+        self.orders = torch.tensor(_orders(steps, order), device="cpu")
+        self.places = torch.nn.functional.pad(self.orders.cumsum(0), (1, 0))
 
     @property
     def num_steps(self) -> int:

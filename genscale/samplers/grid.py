@@ -31,10 +31,12 @@ def level_grid(process: NoiseProcess, intervals: int, shift: float, end: float) 
     :func:`~genscale.objectives.time_sampler.shifted`); both ends are exact. Cached, and never
     written to.
     """
-    unit = shifted(torch.linspace(1.0, 0.0, intervals + 1, dtype=torch.float64), shift)
-    times = end + (process.t_max - end) * unit
-    times[0], times[-1] = process.t_max, end
-    return process.level(times)
+    # also where the first caller does not: a later one may differentiate, or be on another device
+    with torch.inference_mode(False), torch.device("cpu"):
+        unit = shifted(torch.linspace(1.0, 0.0, intervals + 1, dtype=torch.float64), shift)
+        times = end + (process.t_max - end) * unit
+        times[0], times[-1] = process.t_max, end
+        return process.level(times)
 
 
 class GridSampler(Sampler):
@@ -126,15 +128,16 @@ class GridSampler(Sampler):
                 "Give one of each a sample."
             )
         noise = noise.to(device=model.device, dtype=self.dtype)
-        level = self.grid(model.process).select(torch.zeros(1, dtype=torch.int64))
+        zero = torch.zeros(count, dtype=torch.int64, device="cpu")
+        level = self.grid(model.process).select(self._place(zero[:1]))
         return State(
             x=on(level.sigma, noise) * noise,
             cond=cond.to(model.device),
-            step=torch.zeros(count, dtype=torch.int64),
+            step=zero,
             seeds=seeds,
-            lineage=torch.zeros(count, dtype=torch.int64),
-            group=torch.arange(count),
-            nfe=torch.zeros(count, dtype=torch.float64),
+            lineage=zero.clone(),
+            group=torch.arange(count, device="cpu"),
+            nfe=zero.double(),
             process=model.process,
         )
 
@@ -196,7 +199,7 @@ class GridSampler(Sampler):
         Raises:
             ValueError: a step that is negative or later than the particle's own.
         """
-        target = torch.as_tensor(step, dtype=torch.int64).expand(len(state))
+        target = torch.as_tensor(step, dtype=torch.int64, device="cpu").expand(len(state))
         if bool(((target < 0) | (target > state.step)).any()):
             raise ValueError(
                 f"renoise goes back to steps 0 to the particle's own, {state.step.tolist()}, but "

@@ -270,3 +270,27 @@ def test_a_state_without_process_is_refused(rational: Any) -> None:
     sampler, model = Euler(3), rational(LinearFlow())
     with pytest.raises(ValueError, match="names no noising process"):
         sampler.evaluate(model, _start(sampler, model).replace(process=None))
+
+
+def test_grids_made_where_gradients_are_off_serve_where_they_are_on(rational: Any) -> None:
+    from genscale.objectives.schedule import _log_alpha_table
+    from genscale.samplers.grid import level_grid
+
+    level_grid.cache_clear()
+    _log_alpha_table.cache_clear()
+    sampler, model = Heun(3), rational(DiscreteVP())
+    with torch.inference_mode():
+        sampler.run(model, Conditioning(), torch.arange(2))
+    noise = torch.ones(2, 2, 3, requires_grad=True)
+    torch.autograd.backward(sampler.run(model, Conditioning(), torch.arange(2), noise).x.sum())
+    assert noise.grad is not None
+
+
+def test_the_default_device_is_of_no_concern(rational: Any) -> None:
+    from genscale.samplers.grid import level_grid
+
+    level_grid.cache_clear()
+    with torch.device("meta"):
+        samplers = [Euler(4), DPMSolverFast(4)]
+        grids = [sampler.grid(DiscreteVP()) for sampler in samplers]
+    assert all(grid.alpha.device.type == "cpu" for grid in grids)
