@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 
 def initialise() -> tuple[int, int]:
@@ -23,6 +24,29 @@ def initialise() -> tuple[int, int]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return dist.get_rank(), world_size
+
+
+def launched() -> int:
+    """Return how many processes a launcher outside (torchrun, explicit ``RANK``) has started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+_STORES: list[Any] = []  # the first process's store serves the others until it ends
+
+
+def agree(name: str, value: str) -> str:
+    """Return the first process's ``value`` on all processes that were launched from outside.
+
+    Needs no process group, so that it can be asked before one is made: the value goes through
+    the store at ``MASTER_ADDR``:``MASTER_PORT``, where the group will be made too.
+    """
+    if launched() == 1:
+        return value
+    store, rank, _ = next(rendezvous("env://"))
+    _STORES.append(store)
+    if rank == 0:
+        store.set(f"genscale/{name}", value)
+    return str(store.get(f"genscale/{name}").decode())
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -52,6 +52,30 @@ class Generated:
     nfe: Tensor
 
 
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return a device that is present; None picks CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: ``device`` is no device, or is not present.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device={device} is no device. Give cpu, cuda, or one of several as cuda:1."
+        ) from error
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        present = f"CUDA devices 0 to {count - 1} are" if count else "no CUDA device is"
+        raise ConfigError(
+            f"device={device} was given, but {present} present. "
+            f"Give device={'cuda:0' if count else 'cpu'}, or leave it out."
+        )
+    return chosen
+
+
 class GenerationPipeline:
     """A backbone, its autoencoder and objective, with default sampler and guidance.
 
@@ -196,7 +220,7 @@ class GenerationPipeline:
 
     def to(self, device: str | torch.device | None) -> GenerationPipeline:
         """Move network and autoencoder; None picks CUDA where present."""
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device(device)
         self.model.to(device)  # type: ignore[arg-type]
         self.autoencoder.to(device)
         return self

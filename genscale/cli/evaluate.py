@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.table import Table
 from genscale import dist
 from genscale.cli.app import instantiate
 from genscale.cli.loading import datasets_of, load_pipeline, output_folder
+from genscale.cli.numbers import check_numbers
 from genscale.cli.progress import track
 from genscale.cli.sample import grid_columns, label_law
 from genscale.errors import ConfigError
@@ -21,7 +23,7 @@ from genscale.evaluation import as_record, describe, fit_reference, measure
 from genscale.io.files import write_json
 from genscale.io.images import load_npz, save_grid, save_npz
 from genscale.metrics.protocol import EvalProtocol, MetricValue
-from genscale.pipeline import Generated
+from genscale.pipeline import Generated, choose_device
 from genscale.runs import RunFolder, stamp
 
 GRID = 100  # pictures shown in the report
@@ -30,6 +32,7 @@ GRID = 100  # pictures shown in the report
 def run(cfg: DictConfig) -> None:
     """Evaluate ``cfg.run``, or the files ``cfg.samples`` and ``cfg.reference``."""
     started = time.perf_counter()
+    check_numbers(cfg, {"num_samples": 1, "batch_size": 1, "seed": None})
     rank, world_size = dist.initialise()
     suite = instantiate(cfg.metrics, "metrics", **_reference(cfg))
     problems = suite.check()
@@ -42,7 +45,7 @@ def run(cfg: DictConfig) -> None:
     evaluate = _evaluate_files if cfg.samples is not None else _evaluate_run
     folder, record, values, images, columns = evaluate(cfg, suite, rank, world_size)
     if rank == 0:
-        record |= {"seconds": round(time.perf_counter() - started, 2), **as_record(values)}
+        record |= {"command": sys.argv, "seconds": round(time.perf_counter() - started, 2), **as_record(values)}
         folder.mkdir(parents=True, exist_ok=True)
         save_grid(images[:GRID], folder / "grid.png", columns=columns)
         write_json(folder / "metrics.json", record)
@@ -139,7 +142,7 @@ def _evaluate_files(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> 
     """Measure an npz of samples against a reference file."""
     pixels, labels = load_npz(Path(cfg.samples).expanduser())
     images = pixels.permute(0, 3, 1, 2).contiguous()
-    suite.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    suite.to(choose_device(cfg.device))
     ids = torch.arange(len(images))[rank::world_size]
     batches = (
         Generated(

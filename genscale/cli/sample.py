@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from genscale.cli.numbers import check_numbers
 from genscale.errors import ConfigError, did_you_mean
 
 FORMATS = ("grid", "png", "npz")
@@ -20,6 +21,7 @@ def run(cfg: DictConfig) -> None:
             f"format must be one of {', '.join(FORMATS)}, but '{cfg.format}' was given."
             f"{did_you_mean(str(cfg.format), FORMATS)}"
         )
+    check_numbers(cfg, {"num_samples": 1, "batch_size": 1, "seed": None})
     from genscale import dist
     from genscale.cli.loading import load_pipeline, output_folder
     from genscale.io.files import write_json

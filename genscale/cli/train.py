@@ -13,12 +13,31 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from genscale import dist
 from genscale.cli.app import instantiate
-from genscale.errors import ConfigError, GenscaleError
+from genscale.cli.numbers import number_problems
+from genscale.errors import ConfigError, GenscaleError, ParallelError, did_you_mean
 from genscale.runs import RunFolder, newest_run, point_latest, stamp
 
 # what may differ between a run and its continuation
 FREE_ON_RESUME = ("trainer", "logger", "callbacks", "resume", "run_dir", "paths")
+# whole numbers and the least allowed
+_LEAST = {
+    "seed": None,
+    "batch_size": 1,
+    "trainer.max_steps": 1,
+    "trainer.num_nodes": 1,
+    "trainer.accumulate_grad_batches": 1,
+    "callbacks.log_every": 1,
+    "callbacks.checkpoint_every": 0,
+    "callbacks.keep_checkpoints": 1,
+    "callbacks.keep_every": 0,
+    "callbacks.sample_every": 0,
+    "callbacks.sample_count": 1,
+    "callbacks.metrics_every": 0,
+    "callbacks.metrics_samples": 2,
+    "callbacks.max_bad_steps": 1,
+}
 _RUN_DIR_VARIABLE = "GENSCALE_RUN_DIR"  # tells processes that Lightning starts where the run is
 
 
@@ -27,11 +46,13 @@ def run(cfg: DictConfig) -> None:
     _quiet()
     with open_dict(cfg):
         cfg.name = cfg.name or _default_name(cfg)
+    _forget_hydra()
     _find_problems(cfg)
     datamodule = instantiate(cfg.data, "data")
     _adopt_data(cfg, datamodule)
     folder, checkpoint = _locate(cfg)
     trainer, module, log = _assemble(cfg, datamodule, folder)
+    _check_processes(trainer)
     if trainer.is_global_zero:
         _begin(cfg, folder, module, datamodule, trainer, checkpoint, log)
     trainer.fit(
@@ -70,31 +91,41 @@ def _default_name(cfg: DictConfig) -> str:
     return f"{cfg.model._target_.rpartition('.')[2].lower()}_{cfg.data.name}"
 
 
+def _forget_hydra() -> None:
+    """Make Lightning start further processes with the words that were typed.
+
+    Where it sees Hydra at work, it puts settings of Hydra behind them, and other ones in every
+    version.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    HydraConfig.instance().cfg = None  # Hydra restores it after the job
+
+
 def _find_problems(cfg: DictConfig) -> None:
     """Raise one error that lists every problem that can be seen before anything is built."""
     import torch
 
-    problems: list[str] = []
     trainer = cfg.trainer
+    problems = number_problems(cfg, _LEAST)
     if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         problems.append(
             f"trainer.accelerator={trainer.accelerator} was given, but no CUDA device is present. "
             "Use trainer=cpu."
         )
-    elif isinstance(trainer.devices, int):
-        parts = trainer.devices * int(trainer.num_nodes) * int(trainer.accumulate_grad_batches)
-        if trainer.devices < 1 or cfg.batch_size < 1 or cfg.batch_size % max(parts, 1):
+    elif isinstance(trainer.devices, int) and not problems:
+        parts = trainer.devices * trainer.num_nodes * trainer.accumulate_grad_batches
+        if trainer.devices < 1 or cfg.batch_size % parts:
             problems.append(
                 f"batch_size={cfg.batch_size} does not divide over trainer.devices="
                 f"{trainer.devices} x trainer.num_nodes={trainer.num_nodes} x "
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}. "
                 f"Give a positive multiple of {max(parts, 1)}."
             )
-    if trainer.max_steps < 1:
-        problems.append(f"trainer.max_steps must be positive, but {trainer.max_steps} was given.")
-    if not 0.0 <= cfg.condition_dropout <= 1.0:
+    share = cfg.condition_dropout
+    if not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
         problems.append(
-            f"condition_dropout must be in [0, 1], but {cfg.condition_dropout} was given."
+            f"condition_dropout must be in [0, 1], but {share} was given. Give e.g. 0.1."
         )
     for path in ("data", "objective", "sampler", "guidance", "optim", "lr_schedule", "ema"):
         problems += _problem_of(partial(instantiate, cfg[path], path))
@@ -119,6 +150,16 @@ def _problem_of(action: Callable[[], object]) -> list[str]:
     except (GenscaleError, ImportError, FileNotFoundError) as error:
         return [str(error)]
     return []
+
+
+def _check_processes(trainer: Any) -> None:
+    """Refuse processes that would each train alone in the same folder."""
+    if dist.launched() not in (1, trainer.world_size):
+        raise ParallelError(
+            f"{dist.launched()} processes were started, but the trainer is set to "
+            f"{trainer.world_size}. Give trainer=ddp, and trainer.devices= the processes of one "
+            "machine."
+        )
 
 
 def _adopt_data(cfg: DictConfig, datamodule: Any) -> None:
@@ -147,7 +188,7 @@ def _locate(cfg: DictConfig) -> tuple[RunFolder, Path | None]:
         folder = _find_resumed(cfg, outputs)
     else:
         job = os.environ.get("SLURM_JOB_ID")
-        default = outputs / cfg.name / (f"slurm-{job}" if job else stamp())
+        default = outputs / cfg.name / (f"slurm-{job}" if job else dist.agree("run", stamp()))
         folder = RunFolder(Path(cfg.run_dir).expanduser() if cfg.run_dir else default)
         folder = RunFolder(folder.path.absolute())
         if folder.checkpoints() and not job:
@@ -167,7 +208,13 @@ def _find_resumed(cfg: DictConfig, outputs: Path) -> RunFolder:
                 f"resume={cfg.resume} is no checkpoint file. Give resume=latest or the path of a "
                 "checkpoints/step-*.ckpt file."
             )
-        return RunFolder.open(path.resolve().parent.parent)
+        folder = RunFolder(path.resolve().parent.parent)
+        if not folder.config_file.is_file():
+            raise ConfigError(
+                f"resume={cfg.resume} lies in no run folder: {folder.config_file} was expected. "
+                "Give the checkpoint where its run left it, in <run>/checkpoints."
+            )
+        return folder
     if cfg.run_dir:
         return RunFolder.open(cfg.run_dir)
     found = newest_run(outputs / cfg.name)
@@ -209,17 +256,10 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _assemble(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> tuple[Any, Any, Any]:
-    """Build trainer, module and log; order of the callbacks matters, see each of them."""
+    """Build trainer, module and log."""
     import torch
 
-    from genscale.training.callbacks.checkpoint import RunCheckpoint
-    from genscale.training.callbacks.ema import UpdateEMA
-    from genscale.training.callbacks.finite import FiniteGuard
     from genscale.training.callbacks.log import TrainLog
-    from genscale.training.callbacks.metrics import PeriodicMetrics
-    from genscale.training.callbacks.progress import TrainProgress
-    from genscale.training.callbacks.samples import SampleGrid
-    from genscale.training.callbacks.stop import GracefulStop
     from genscale.training.module import GenerativeModule
     from genscale.training.run_log import RunLog
 
@@ -236,12 +276,48 @@ def _assemble(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> tuple[Any,
         seed=cfg.seed,
         compile_blocks=cfg.compile,
     )
+    log = TrainLog(
+        RunLog(folder.metrics_file),
+        every=cfg.callbacks.log_every,
+        flops_per_sample=module.flops[""],
+    )
+    loggers = [
+        instantiate(node, f"logger.{name}", save_dir=str(folder.path), name=folder.path.name)
+        for name, node in cfg.logger.items()
+    ]
+    trainer = instantiate(
+        cfg.trainer,
+        "trainer",
+        profiler=_profiler(cfg.trainer.get("profiler"), folder),
+        callbacks=_callbacks(cfg, datamodule, folder, module, log),
+        logger=loggers or False,
+        default_root_dir=str(folder.path),
+        max_epochs=-1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=10**9,
+    )
+    return trainer, module, log
+
+
+def _callbacks(
+    cfg: DictConfig, datamodule: Any, folder: RunFolder, module: Any, log: Any
+) -> list[Any]:
+    """Return what happens beside the steps; the order matters, see each of them."""
+    from genscale.training.callbacks.checkpoint import RunCheckpoint
+    from genscale.training.callbacks.ema import UpdateEMA
+    from genscale.training.callbacks.finite import FiniteGuard
+    from genscale.training.callbacks.metrics import PeriodicMetrics
+    from genscale.training.callbacks.progress import TrainProgress
+    from genscale.training.callbacks.samples import SampleGrid
+    from genscale.training.callbacks.stop import GracefulStop
+
     pipeline = module_pipeline(cfg, module)
     options = cfg.callbacks
-    log = TrainLog(
-        RunLog(folder.metrics_file), every=options.log_every, flops_per_sample=module.flops[""]
-    )
-    callbacks = [
+    callbacks: list[Any] = [
         UpdateEMA(),
         FiniteGuard(max_in_row=options.max_bad_steps, every=options.log_every),
         log,
@@ -280,25 +356,26 @@ def _assemble(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> tuple[Any,
             log=log,
         )
     )
-    loggers = [
-        instantiate(node, f"logger.{name}", save_dir=str(folder.path), name=folder.path.name)
-        for name, node in cfg.logger.items()
-    ]
-    trainer = instantiate(
-        cfg.trainer,
-        "trainer",
-        callbacks=callbacks,
-        logger=loggers or False,
-        default_root_dir=str(folder.path),
-        max_epochs=-1,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=10**9,
-    )
-    return trainer, module, log
+    return callbacks
+
+
+def _profiler(name: str | None, folder: RunFolder) -> Any:
+    """Return Lightning's profiler of that name; its report goes into the run folder."""
+    from lightning.pytorch import profilers
+
+    known = {
+        "simple": profilers.SimpleProfiler,
+        "advanced": profilers.AdvancedProfiler,
+        "pytorch": profilers.PyTorchProfiler,
+    }
+    if name is None:
+        return None
+    if name not in known:
+        raise ConfigError(
+            f"trainer.profiler must be one of {', '.join(known)}, but '{name}' was given."
+            f"{did_you_mean(str(name), list(known))}"
+        )
+    return known[name](dirpath=folder.path, filename="profile")
 
 
 def module_pipeline(cfg: DictConfig, module: Any) -> Any:
@@ -364,7 +441,8 @@ def _end(cfg: DictConfig, folder: RunFolder, trainer: Any, module: Any, log: Any
             )
         else:
             _export(cfg, folder, trainer, module, log)
-    if stopped:
+    # of the other processes it is no failure: Lightning would kill the first one for it
+    if stopped and trainer.is_global_zero:
         raise SystemExit(128 + stopped)
 
 

@@ -185,3 +185,42 @@ class TensorImages(ImageDataset):
             digest.update(self._labels.contiguous().numpy().data)
         digest.update(repr((self.class_names, self.captions and tuple(self.captions))).encode())
         return digest.hexdigest()
+
+
+class SomeImages(ImageDataset):
+    """Some rows of another data set, which stays as it is.
+
+    Args:
+        source: the data set.
+        rows: ``(n,)`` its rows in the order wanted.
+    """
+
+    def __init__(self, source: ImageDataset, rows: Tensor) -> None:
+        self._source = source
+        self._rows = row_numbers(rows, len(source))
+        self.name = source.name
+        self.channels = source.channels
+        self.resolution = source.resolution
+        self.class_names = source.class_names
+        self.num_classes = source.num_classes
+        captions = source.captions
+        self.captions = None if captions is None else [captions[i] for i in self._rows.tolist()]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class ids ``(n,)`` int64, or None; all classes of the source count as known."""
+        labels = self._source.labels
+        return None if labels is None else labels[self._rows]
+
+    def images(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """Return the pictures of some rows; see :meth:`ImageDataset.images`."""
+        return self._source.images(self._rows[row_numbers(indices, len(self))])
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 over the source's fingerprint and the rows."""
+        digest = hashlib.sha256(self._source.fingerprint().encode())
+        digest.update(self._rows.contiguous().numpy().data)
+        return digest.hexdigest()

@@ -74,6 +74,7 @@ def digits_module(
     num_workers: int,
     batch_size: int,
     seed: int,
+    limit: int | None = None,
 ) -> ImageDataModule:
     """Build the data module of ``data=digits``; the arguments are the keys of its YAML.
 
@@ -92,4 +93,5 @@ def digits_module(
         num_workers=num_workers,
         flip=flip,
         seed=seed,
+        limit=limit,
     )

@@ -82,6 +82,7 @@ def fashion_mnist_module(
     num_workers: int,
     batch_size: int,
     seed: int,
+    limit: int | None = None,
 ) -> ImageDataModule:
     """Build the data module of ``data=fashion_mnist``; the arguments are the keys of its YAML.
 
@@ -101,4 +102,5 @@ def fashion_mnist_module(
         num_workers=num_workers,
         flip=flip,
         seed=seed,
+        limit=limit,
     )

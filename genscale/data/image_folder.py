@@ -378,6 +378,7 @@ def image_folder_module(
     num_workers: int,
     batch_size: int,
     seed: int,
+    limit: int | None = None,
 ) -> ImageDataModule:
     """Build the data module of ``data=image_folder``; the arguments are the keys of its YAML.
 
@@ -396,6 +397,7 @@ def image_folder_module(
         num_workers: reading processes.
         batch_size: samples of one optimizer step.
         seed: the run's seed.
+        limit: train on so many pictures only.
 
     Raises:
         ConfigError: if ``root`` is not set, both ways of holding out are used, or the number of
@@ -440,4 +442,5 @@ def image_folder_module(
         num_workers=num_workers,
         flip=flip,
         seed=seed,
+        limit=limit,
     )

@@ -10,10 +10,10 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from genscale.data.base import ImageDataset
+from genscale.data.base import ImageDataset, SomeImages
 from genscale.data.stream import GlobalStream, StreamBatchSampler
 from genscale.errors import CheckpointError, ConfigError, DataError, ParallelError
-from genscale.rng import Purpose, for_step
+from genscale.rng import Purpose, for_step, key, permutation
 
 UNLABELLED = -1  # label of every sample of a set without labels: the null class
 
@@ -34,6 +34,8 @@ class ImageDataModule(LightningDataModule):
         num_workers: processes that read ahead; 0 reads in the training process.
         flip: mirror every sample left to right with probability 1/2, keyed by its position.
         seed: the run's seed.
+        limit: train on so many pictures only, drawn with a key from ``train``; None takes all.
+            For learning a few by heart while debugging.
         accumulate: micro-batches of one optimizer step on each process. None takes the attached
             trainer's ``accumulate_grad_batches``, and 1 without a trainer; give it where the
             training loop accumulates by itself.
@@ -44,7 +46,7 @@ class ImageDataModule(LightningDataModule):
 
     Raises:
         DataError: if train and heldout differ in size, channels or classes.
-        ConfigError: if batch_size or num_workers is out of range.
+        ConfigError: if batch_size, num_workers or limit is out of range.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class ImageDataModule(LightningDataModule):
         num_workers: int = 0,
         flip: bool = False,
         seed: int = 0,
+        limit: int | None = None,
         accumulate: int | None = None,
         name: str | None = None,
     ) -> None:
@@ -69,7 +72,7 @@ class ImageDataModule(LightningDataModule):
             )
         if heldout is not None:
             _check_alike(train, heldout)
-        self.train = train
+        self.train = train if limit is None else _draw(train, limit, seed)
         self.heldout = heldout
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -220,6 +223,16 @@ def check_num_classes(images: ImageDataset, stated: int | None) -> None:
             f"data.num_classes={stated}, but '{images.name}' has {images.num_classes} classes. "
             f"Set data.num_classes={images.num_classes}."
         )
+
+
+def _draw(images: ImageDataset, limit: int, seed: int) -> SomeImages:
+    """Return ``limit`` pictures, a keyed draw: rows are often sorted by class."""
+    if not 1 <= limit <= len(images):
+        raise ConfigError(
+            f"data.limit={limit} is outside 1 to {len(images)}, the pictures of '{images.name}'. "
+            "Give a number in that range."
+        )
+    return SomeImages(images, permutation(key(seed, Purpose.SUBSET), len(images))[:limit])
 
 
 def _check_alike(train: ImageDataset, heldout: ImageDataset) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import pickletools
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,9 +37,10 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(path) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        content = _load_torch(path)
     except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error):  # the file names a class or function to import
+        # the file names a class or function to import
+        if "GLOBAL" in str(error) or (not _is_zip(path) and _imports(path)):
             raise CheckpointError(
                 f"{path} holds Python objects that would run code when loaded; only tensors and "
                 "plain containers are read. Re-save it as a state dict, best as .safetensors."
@@ -53,8 +56,26 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     return content
 
 
+def _load_torch(path: Path) -> Any:
+    """Read a torch file, of today's zip format or the older one, without running code."""
+    with warnings.catch_warnings():
+        # of other pickle protocols; whether the file can be read is told by the error, if any
+        warnings.filterwarnings("ignore", ".*pickle protocol.*")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+
+
 def _is_zip(path: Path) -> bool:
     return zipfile.is_zipfile(path)
+
+
+def _imports(path: Path) -> bool:
+    """Return whether a bare pickle imports anything; its opcodes are read, not carried out."""
+    try:
+        with path.open("rb") as file:
+            names = {opcode.name for opcode, _, _ in pickletools.genops(file)}
+    except (ValueError, IndexError, OverflowError):
+        return False  # no pickle, or a torn one
+    return bool(names & {"GLOBAL", "STACK_GLOBAL", "INST"})
 
 
 def _damaged(path: Path) -> CheckpointError:
