@@ -280,8 +280,9 @@ class SetComparison:
 
     def _inception_score(self) -> Measured:
         logits = self.features["logits"]
-        score = inception_score(logits, num_splits=min(self.settings.num_splits, len(logits)))
-        return score.mean, {"n": len(logits), "std": score.std}
+        splits = min(self.settings.num_splits, len(logits))
+        score = inception_score(logits, num_splits=splits)
+        return score.mean, {"n": len(logits), "std": score.std, "splits": splits}
 
     @cached_property
     def _novelty(self) -> tuple[Novelty, int]:
@@ -322,8 +323,8 @@ def _warn_small(network: str, count: int, dim: int) -> None:
     _WARNED.add((network, dim))
     warnings.warn(
         f"The Frechet distance of '{network}' is computed from {count} samples in {dim} "
-        f"dimensions: it is exact for these samples but biased upwards by about "
-        f"1/n. Use more than {dim} samples, or look at KID.",
+        f"dimensions: it is exact for these samples, but far above that of the whole law. "
+        f"Use more than {dim} samples, or look at KID.",
         stacklevel=2,
     )
 

@@ -285,6 +285,8 @@ class InceptionFID(FeatureNetwork):
             source=source,
             hint="Give the 2015-12-05 FID network; torchvision's Inception has other weights.",
         )
+        # 1.3 times as fast on a CPU; torch's type stub does not know the argument
+        self.graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._sha256 = fingerprint({name: state[name] for name in expected if name not in counters})
 
     def train(self, mode: bool = True) -> InceptionFID:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from genscale.errors import DataError
 from genscale.metrics.moments import check_features
 from genscale.metrics.neighbours import nearest_squared
 
@@ -47,14 +48,22 @@ def novelty(distances: Tensor, heldout_distances: Tensor) -> Novelty:
     Args:
         distances: ``(n,)`` from :func:`nearest_distances` of the samples.
         heldout_distances: ``(m,)`` of held-out pictures.
+
+    Raises:
+        DataError: if half of the held-out pictures are themselves copies of training pictures.
     """
     distances, heldout = distances.cpu(), heldout_distances.cpu()
     threshold = heldout.quantile(_COPY_QUANTILE)
     median, heldout_median = float(distances.quantile(0.5)), float(heldout.quantile(0.5))
+    if heldout_median == 0:
+        raise DataError(
+            "Half of the held-out pictures or more are exact copies of training pictures, so they "
+            "are no yardstick of novelty. Give a split without duplicates."
+        )
     return Novelty(
         median=median,
         heldout_median=heldout_median,
-        ratio=median / heldout_median if heldout_median > 0 else float("inf"),
+        ratio=median / heldout_median,
         threshold=float(threshold),
         copy_rate=float((distances < threshold).double().mean()),
     )

@@ -168,9 +168,8 @@ def test_distances_are_euclidean() -> None:
     train = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     distances = nearest_distances(torch.tensor([[0.0, 3.0], [1.0, 0.5]]), train)
     assert distances.tolist() == [3.0, 0.5]
-    result = novelty(distances, torch.zeros(3, dtype=torch.float64))
-    assert result.ratio == float("inf")
-    assert result.copy_rate == 0.0
+    with pytest.raises(DataError, match="copies of training pictures, so they are no yardstick"):
+        novelty(distances, torch.zeros(3, dtype=torch.float64))
 
 
 def test_memorization_informed_distance_divides_below_the_threshold() -> None:

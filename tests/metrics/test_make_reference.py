@@ -21,6 +21,7 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures.npz"
 
 
+@pytest.mark.filterwarnings("ignore:The Frechet distance of 'pixels'")  # 40 pictures are few
 def test_a_reference_holds_the_moments_of_its_pictures(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
