@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,18 +35,18 @@ def launched() -> int:
 _STORES: list[Any] = []  # the first process's store serves the others until it ends
 
 
-def agree(name: str, value: str) -> str:
-    """Return the first process's ``value`` on all processes that were launched from outside.
+def agree(name: str, value: Callable[[], str]) -> str:
+    """Return what ``value`` gives on the first process, on all that were launched from outside.
 
     Needs no process group, so that it can be asked before one is made: the value goes through
     the store at ``MASTER_ADDR``:``MASTER_PORT``, where the group will be made too.
     """
     if launched() == 1:
-        return value
+        return value()
     store, rank, _ = next(rendezvous("env://"))
     _STORES.append(store)
     if rank == 0:
-        store.set(f"genscale/{name}", value)
+        store.set(f"genscale/{name}", value())
     return str(store.get(f"genscale/{name}").decode())
 
 

@@ -128,6 +128,33 @@ class RunFolder:
         return path
 
 
+def new_folder(parent: Path) -> Path:
+    """Make a folder below ``parent`` named after the time; ``_02`` and so on where it is taken.
+
+    The folder is made here, so that two programs that start in the same second get two.
+    """
+    name = stamp()
+    for number in range(1, 1000):
+        folder = parent / (name if number == 1 else f"{name}_{number:02d}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise ConfigError(f"{parent} already holds 999 folders of {name}. Give another folder.")
+
+
+def remove_empty(folder: Path, top: Path) -> None:
+    """Remove ``folder`` and its parents up to ``top``, as far as they are empty."""
+    for path in (folder, *folder.parents):
+        try:
+            path.rmdir()
+        except OSError:  # not empty, or not there
+            return
+        if path == top:
+            return
+
+
 def newest_run(parent: Path) -> RunFolder | None:
     """Return the newest run below ``parent`` (folders are named by their start time), if any."""
     folders = sorted(p for p in parent.glob("*") if (p / "config.yaml").is_file())

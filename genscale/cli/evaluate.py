@@ -24,7 +24,7 @@ from genscale.io.files import write_json
 from genscale.io.images import load_npz, save_grid, save_npz
 from genscale.metrics.protocol import EvalProtocol, MetricValue
 from genscale.pipeline import Generated, choose_device
-from genscale.runs import RunFolder, stamp
+from genscale.runs import RunFolder, new_folder
 
 GRID = 100  # pictures shown in the report
 
@@ -45,8 +45,11 @@ def run(cfg: DictConfig) -> None:
     evaluate = _evaluate_files if cfg.samples is not None else _evaluate_run
     folder, record, values, images, columns = evaluate(cfg, suite, rank, world_size)
     if rank == 0:
-        record |= {"command": sys.argv, "seconds": round(time.perf_counter() - started, 2), **as_record(values)}
-        folder.mkdir(parents=True, exist_ok=True)
+        record |= {
+            "command": sys.argv,
+            "seconds": round(time.perf_counter() - started, 2),
+            **as_record(values),
+        }
         save_grid(images[:GRID], folder / "grid.png", columns=columns)
         write_json(folder / "metrics.json", record)
         _print(values, record, suite.skipped)
@@ -100,9 +103,9 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
         pipeline, labels=law, num_samples=cfg.num_samples, nfe=nfe, weights=_weights_name(cfg)
     )
     values = suite.compute(protocol)
-    folder = output_folder(cfg, "evaluations")
+    folder = output_folder(cfg, "evaluations") if rank == 0 else None
     if cfg.save_samples:
-        _save_samples(folder, kept, rank)
+        _save_samples(folder, kept)
     record = {
         "run": str(cfg.run),
         "checkpoint": str(cfg.checkpoint),
@@ -126,13 +129,13 @@ def _weights_name(cfg: DictConfig) -> str:
     return f"ema_{law.get('decay', law.get('sigma_rel', ''))}"
 
 
-def _save_samples(folder: Path, kept: list[Generated], rank: int) -> None:
-    """Join all processes' samples and write them as one npz."""
+def _save_samples(folder: Path | None, kept: list[Generated]) -> None:
+    """Join all processes' samples and write them as one npz, where this one has the folder."""
     labels = [b.labels if b.labels is not None else torch.full_like(b.ids, -1) for b in kept]
     _, images, classes = dist.gather_rows(
         torch.cat([b.ids for b in kept]), torch.cat([b.images for b in kept]), torch.cat(labels)
     )
-    if rank == 0:
+    if folder is not None:
         array = images.permute(0, 2, 3, 1).contiguous().numpy()
         known = bool((classes >= 0).all())
         save_npz(folder / "samples.npz", array, classes.numpy() if known else None)
@@ -153,15 +156,21 @@ def _evaluate_files(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> 
     measure(suite, track(batches, "features", total=len(ids), show=rank == 0))
     protocol = EvalProtocol(num_samples=len(images), class_law="empirical", weights="unknown")
     values = suite.compute(protocol)
-    folder = (
-        Path(cfg.out_dir).expanduser() if cfg.out_dir else Path("outputs/evaluations") / stamp()
-    )
+    folder = _folder_of_files(cfg) if rank == 0 else None
     record = {
         "samples": str(cfg.samples),
         "reference": str(cfg.reference),
         "num_samples": len(images),
     }
     return folder, record, values, images, None
+
+
+def _folder_of_files(cfg: DictConfig) -> Path:
+    if not cfg.out_dir:
+        return new_folder(Path("outputs/evaluations"))
+    folder = Path(cfg.out_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _print(values: list[MetricValue], record: dict[str, Any], skipped: dict[str, str]) -> None:

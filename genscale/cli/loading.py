@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from genscale.assembly import build
 from genscale.cli.app import instantiate
 from genscale.pipeline import GenerationPipeline
-from genscale.runs import RunFolder
+from genscale.runs import RunFolder, new_folder
 
 
 def inherit(node: DictConfig, own: dict[str, Any]) -> dict[str, Any]:
@@ -60,11 +60,11 @@ def datasets_of(run: str) -> Any:
 
 
 def output_folder(cfg: DictConfig, kind: str) -> Path:
-    """Return where results go: ``out_dir``, or a stamped folder inside the run."""
-    from genscale.runs import stamp
-
+    """Make the folder where results go: ``out_dir``, or a stamped folder inside the run."""
     if cfg.out_dir:
-        return Path(cfg.out_dir).expanduser()
+        folder = Path(cfg.out_dir).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
     exported = Path(str(cfg.run)).expanduser()
     base = exported if (exported / "genscale.json").is_file() else RunFolder.open(cfg.run).path
-    return base / kind / stamp()
+    return new_folder(base / kind)

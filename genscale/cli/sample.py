@@ -32,7 +32,6 @@ def run(cfg: DictConfig) -> None:
     ids, images, labels, nfe = collect(cfg, pipeline, rank=rank, world_size=world_size)
     if rank == 0:
         folder = output_folder(cfg, "samples")
-        folder.mkdir(parents=True, exist_ok=True)
         written = _write(cfg, folder, pipeline, images, labels)
         record = {
             "run": str(cfg.run),

@@ -17,7 +17,7 @@ from genscale import dist
 from genscale.cli.app import instantiate
 from genscale.cli.numbers import number_problems
 from genscale.errors import ConfigError, GenscaleError, ParallelError, did_you_mean
-from genscale.runs import RunFolder, newest_run, point_latest, stamp
+from genscale.runs import RunFolder, new_folder, newest_run, point_latest, remove_empty
 
 # what may differ between a run and its continuation
 FREE_ON_RESUME = ("trainer", "logger", "callbacks", "resume", "run_dir", "paths")
@@ -51,8 +51,13 @@ def run(cfg: DictConfig) -> None:
     datamodule = instantiate(cfg.data, "data")
     _adopt_data(cfg, datamodule)
     folder, checkpoint = _locate(cfg)
-    trainer, module, log = _assemble(cfg, datamodule, folder)
-    _check_processes(trainer)
+    try:
+        trainer, module, log = _assemble(cfg, datamodule, folder)
+        _check_processes(trainer)
+    except BaseException:
+        if cfg.run_dir is None and cfg.resume is None:
+            remove_empty(folder.path, Path(cfg.paths.outputs).expanduser().absolute())
+        raise
     if trainer.is_global_zero:
         _begin(cfg, folder, module, datamodule, trainer, checkpoint, log)
     trainer.fit(
@@ -187,10 +192,14 @@ def _locate(cfg: DictConfig) -> tuple[RunFolder, Path | None]:
     elif cfg.resume is not None:
         folder = _find_resumed(cfg, outputs)
     else:
+        parent = (outputs / cfg.name).absolute()
         job = os.environ.get("SLURM_JOB_ID")
-        default = outputs / cfg.name / (f"slurm-{job}" if job else dist.agree("run", stamp()))
-        folder = RunFolder(Path(cfg.run_dir).expanduser() if cfg.run_dir else default)
-        folder = RunFolder(folder.path.absolute())
+        if cfg.run_dir:
+            folder = RunFolder(Path(cfg.run_dir).expanduser().absolute())
+        elif job:
+            folder = RunFolder(parent / f"slurm-{job}")
+        else:
+            folder = RunFolder(Path(dist.agree("run", lambda: str(new_folder(parent)))))
         if folder.checkpoints() and not job:
             raise ConfigError(
                 f"run_dir={folder.path} already holds a run with checkpoints. "
