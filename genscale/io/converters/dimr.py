@@ -86,7 +86,7 @@ def config_from_official(config: Mapping[str, Any], *, parity: bool = False) -> 
     blocks = [_translate("block_type", stage["block_type"], _BLOCKS) for stage in stages]
     sizes = {
         tuple(
-            stage[side] * stage["image_input_ratio"] * stage["input_feature_ratio"]
+            stage[side] * stage.get("image_input_ratio", 1) * stage["input_feature_ratio"]
             for side in ("max_height", "max_width")
         )
         for stage in stages
@@ -106,17 +106,17 @@ def config_from_official(config: Mapping[str, Any], *, parity: bool = False) -> 
         # an even number builds one block more there: pairs around a middle one
         "depths": [stage["num_blocks"] // 2 * 2 + 1 for stage in stages],
         "patch_sizes": [stage["input_feature_ratio"] for stage in stages],
-        "image_ratios": [stage["image_input_ratio"] for stage in stages],
+        "image_ratios": [stage.get("image_input_ratio", 1) for stage in stages],
         "block_types": blocks,
         "num_heads": [stage.get("num_attention_heads", 1) for stage in stages],
         "kernel_sizes": [stage.get("kernel_size", 1) for stage in stages],
         "mlp_sizes": [stage["hidden_dim"] for stage in stages],
         "head_kernel_sizes": [stage["final_kernel_size"] for stage in stages],
-        "dropout": [float(stage["dropout_prob"]) for stage in stages],
+        "dropout": [float(stage.get("dropout_prob", 0)) for stage in stages],
         "norm": _translate("norm_type", config.get("norm_type", "LN"), _NORMS),
         "position": _translate("pe_type", config.get("pe_type", "APE"), _POSITIONS),
         "position_resize": "crop" if parity else "interpolate",
-        "detach_lowres": bool(config["block_grad_to_lowres"]),
+        "detach_lowres": bool(config.get("block_grad_to_lowres", False)),
     }
 
 
