@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from genscale.conditioning.base import Conditioning
@@ -294,3 +296,10 @@ def test_the_default_device_is_of_no_concern(rational: Any) -> None:
         samplers = [Euler(4), DPMSolverFast(4)]
         grids = [sampler.grid(DiscreteVP()) for sampler in samplers]
     assert all(grid.alpha.device.type == "cpu" for grid in grids)
+
+
+def test_every_sampler_of_the_config_is_held_to_this(repository: Path) -> None:
+    tested = {f"{type(s).__module__}.{type(s).__qualname__}" for s in SAMPLERS.values()}
+    for file in sorted((repository / "conf" / "sampler").glob("*.yaml")):
+        target = OmegaConf.load(file)._target_
+        assert target is None or target in tested, f"{file.name} names {target}"
