@@ -35,7 +35,8 @@ def run(cfg: DictConfig) -> None:
     check_numbers(cfg, {"num_samples": 1, "batch_size": 1, "seed": None})
     rank, world_size = dist.initialise()
     suite = instantiate(cfg.metrics, "metrics", **_reference(cfg))
-    problems = suite.check()
+    # a file brings its own number of samples, which is checked when it has been read
+    problems = suite.check(num_samples=None if cfg.samples is not None else cfg.num_samples)
     if cfg.samples is not None and not Path(cfg.samples).expanduser().is_file():
         problems.append(
             f"No samples at samples={cfg.samples}. Give an npz with arr_0 (uint8 NHWC)."
