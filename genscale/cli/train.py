@@ -295,7 +295,7 @@ def _assemble(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> tuple[Any,
         for name, node in cfg.logger.items()
     ]
     trainer = instantiate(
-        cfg.trainer,
+        OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key != "profiler"]),
         "trainer",
         profiler=_profiler(cfg.trainer.get("profiler"), folder),
         callbacks=_callbacks(cfg, datamodule, folder, module, log),

@@ -73,6 +73,7 @@ class GenerativeModule(pl.LightningModule):
         self.flops = count_flops_by_module(model, model.sample_shape)  # of one sample's forward
         self.step = 0  # optimizer steps taken, skipped ones included
         self.terms: dict[str, Tensor] = {}  # of the last batch: detached, on the device
+        self.counts: dict[str, Tensor] = {}  # running totals beside the terms
         self.gradient_norm: Tensor | None = None
 
     @property

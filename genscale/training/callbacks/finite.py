@@ -24,21 +24,28 @@ class FiniteGuard(StepCallback):
     def __init__(self, *, max_in_row: int, every: int) -> None:
         self.max_in_row = max_in_row
         self.every = max(every, 1)
-        self._skipped: Tensor | None = None  # in all
-        self._in_row: Tensor | None = None
-        self._worst: Tensor | None = None  # longest row since the last look
+        # tensors on the device once training runs
+        self._skipped: Tensor | int = 0  # in all, earlier parts of a resumed run included
+        self._in_row: Tensor | int = 0
+        self._worst = torch.zeros((), dtype=torch.int64)  # longest row since the last look
+
+    def state_dict(self) -> dict[str, int]:
+        """Keep the counts: an interrupted run stops and reports as one left alone."""
+        return {"skipped": int(self._skipped), "in_row": int(self._in_row)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue counting."""
+        self._skipped, self._in_row = state_dict["skipped"], state_dict["in_row"]
 
     def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         """Count, and raise when ``max_in_row`` steps in a row were skipped."""
         if module.gradient_norm is None:
             return
         bad = (~torch.isfinite(module.gradient_norm)).long()
-        if self._skipped is None or self._in_row is None or self._worst is None:
-            self._skipped = self._in_row = self._worst = torch.zeros_like(bad)
         self._skipped = self._skipped + bad
         self._in_row = (self._in_row + 1) * bad
-        self._worst = torch.maximum(self._worst, self._in_row)
-        module.terms["skipped_steps"] = self._skipped
+        self._worst = torch.maximum(self._worst.to(bad.device), self._in_row)
+        module.counts["skipped_steps"] = self._skipped
         if due(module.step, min(self.every, self.max_in_row), trainer.max_steps):
             if int(self._worst) >= self.max_in_row:
                 raise GenscaleError(self._message(module))

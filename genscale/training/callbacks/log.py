@@ -18,7 +18,7 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10"
 
 
 class TrainLog(StepCallback):
-    """Writes a row every ``every`` steps: mean losses since the last row, and rates.
+    """Writes a row every ``every`` steps: mean losses since the last row, totals, and rates.
 
     Args:
         run_log: where rows go, beside the trainer's loggers.
@@ -69,8 +69,11 @@ class TrainLog(StepCallback):
             self._write(trainer, module)
 
     def _write(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
-        names = list(self._sums)
-        means = torch.stack([self._sums[name] for name in names]) / self._count
+        names = [*self._sums, *module.counts]
+        means = torch.stack(
+            [self._sums[name] / self._count for name in self._sums]
+            + [count.float() for count in module.counts.values()]
+        )
         if trainer.world_size > 1:
             means = trainer.strategy.reduce(means, reduce_op="mean")
         values = means.tolist()  # the one sync of the interval
