@@ -254,7 +254,7 @@ class GenerationPipeline:
         view = (guidance or self.guidance).wrap(self.objective.view(self.model))
         with self._autocast():
             state = solver.run(view, cond.to(self.device), seeds)
-            images = self.autoencoder.decode(solver.finish(state))
+            images = self.autoencoder.decode(solver.finish(state).float())
         return images.float(), state.nfe
 
     def stream(

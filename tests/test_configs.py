@@ -51,7 +51,7 @@ def test_every_option_composes_and_builds(group: str, option: str) -> None:
     if group == "trainer" and option != "cpu":
         assert node._target_ == "lightning.pytorch.Trainer"  # building it needs the GPUs it names
         return
-    with torch.device("meta"):
+    with torch.device("meta" if group in ("model", "autoencoder") else "cpu"):
         assert instantiate(node, group) is not None
 
 
