@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,3 +42,61 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+# the smallest model that still has two branches, trained for 20 steps of 8 digits
+TINY = (
+    "debug=smoke",
+    "model.hidden_sizes=[16,8]",
+    "model.depths=[1,1]",
+    "model.num_heads=2",
+    "data.resolution=8",
+    "batch_size=8",
+    "sampler.steps=3",
+    "callbacks.sample_count=10",
+)
+
+
+class Answer(NamedTuple):
+    """What a command answered."""
+
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Answer]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run ``train``, ``sample`` or ``evaluate`` in this process, as their scripts would."""
+    monkeypatch.delenv("GENSCALE_DEBUG", raising=False)
+    monkeypatch.setenv("GENSCALE_RUN_DIR", "")  # training sets it: undone after the test
+
+    def run(name: str, *words: str) -> Answer:
+        from genscale.cli.app import main
+
+        capsys.readouterr()
+        status = main(name, f"genscale.cli.{name}:run", argv=list(words))
+        return Answer(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[str, ...]:
+    """Settings of the tiny training run."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has trained its 20 steps; tests copy it before they change it."""
+    from genscale.cli.app import main
+
+    outputs = tmp_path_factory.mktemp("trained") / "outputs"
+    status = main("train", "genscale.cli.train:run", argv=[*TINY, f"paths.outputs={outputs}"])
+    os.environ.pop("GENSCALE_RUN_DIR", None)
+    assert status == 0
+    return (outputs / "latest").resolve()
