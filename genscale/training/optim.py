@@ -36,6 +36,11 @@ class AdamW:
             raise ConfigError(
                 f"optim.lr must be positive, but {self.lr} was given. Give e.g. optim.lr=1e-4."
             )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(
+                f"optim.betas must be two numbers in [0, 1), but {list(self.betas)} was given. "
+                "Give e.g. optim.betas=[0.9,0.99]."
+            )
 
     def build(self, model: nn.Module) -> Optimizer:
         """Return the optimizer over the trainable parameters of ``model``."""
@@ -53,7 +58,7 @@ class AdamW:
         return torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=self.lr,
-            betas=(self.betas[0], self.betas[1]),
+            betas=(float(self.betas[0]), float(self.betas[1])),  # torch refuses whole numbers
             eps=self.eps,
             fused=True,
         )
