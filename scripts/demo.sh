@@ -3,6 +3,8 @@
 #   bash scripts/demo.sh [run folder]        (make demo sets everything up first)
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# threads that wait without spinning: a busy neighbour then costs its share, not a factor
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 run=${1:-outputs/demo}
 
 if [ -e "$run" ]; then
