@@ -34,7 +34,8 @@ class TrainLog(StepCallback):
         self._sums: dict[str, Tensor] = {}
         self._count = 0
         self._seconds = 0.0  # of training, earlier parts of a resumed run included
-        self._clock = 0.0
+        self._clock = 0.0  # when this part of the run started
+        self._interval = 0.0  # when this interval started, had it been training only
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the seconds trained so far; only whole intervals, like the rows."""
