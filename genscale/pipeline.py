@@ -76,6 +76,27 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
+def exported_config(folder: Path) -> dict[str, Any]:
+    """Read the config of a folder written by :meth:`GenerationPipeline.save_pretrained`.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    file = folder / "genscale.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} is no exported folder: genscale.json and model/ were expected. "
+            "Training writes one into <run>/export."
+        )
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}. Export the run again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} holds no mapping. Export the run again.")
+    return config
+
+
 class GenerationPipeline:
     """A backbone, its autoencoder and objective, with default sampler and guidance.
 
@@ -160,13 +181,17 @@ class GenerationPipeline:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GenerationPipeline:
         """Build an untrained pipeline from a resolved config (plain containers)."""
-        data = config.get("data_info", {})
+        data = config.get("data_info") or {}
+
+        def part(name: str) -> Any:
+            return build(config.get(name), path=name)
+
         return cls(
-            model=build(config["model"], path="model").eval(),
-            autoencoder=build(config["autoencoder"], path="autoencoder").eval(),
-            objective=build(config["objective"], path="objective"),
-            sampler=build(config["sampler"], path="sampler"),
-            guidance=build(config["guidance"], path="guidance"),
+            model=part("model").eval(),
+            autoencoder=part("autoencoder").eval(),
+            objective=part("objective"),
+            sampler=part("sampler"),
+            guidance=part("guidance"),
             num_classes=int(data.get("num_classes") or 0),
             class_names=tuple(data.get("class_names") or ()),
         )
@@ -181,13 +206,7 @@ class GenerationPipeline:
             CheckpointError: a file is missing or belongs to another model.
         """
         folder = Path(folder).expanduser()
-        config_file = folder / "genscale.json"
-        if not config_file.is_file():
-            raise CheckpointError(
-                f"{folder} is no exported folder: genscale.json and model/ were expected. "
-                "Training writes one into <run>/export."
-            )
-        pipeline = cls.from_config(json.loads(config_file.read_text()))
+        pipeline = cls.from_config(exported_config(folder))
         weights = folder / "model" / "diffusion_pytorch_model.safetensors"
         load_strictly(pipeline.model, read_checkpoint(weights), source=weights)
         return pipeline.to(device)

@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from genscale.assembly import build
 from genscale.cli.app import instantiate
-from genscale.pipeline import GenerationPipeline
+from genscale.errors import ConfigError
+from genscale.pipeline import GenerationPipeline, exported_config
 from genscale.runs import RunFolder, new_folder
 
 
@@ -28,6 +29,11 @@ def inherit(node: DictConfig, own: dict[str, Any]) -> dict[str, Any]:
     return {**own, **changes}
 
 
+def is_exported(run: object) -> bool:
+    """Return whether ``run`` is an exported folder rather than a run."""
+    return (Path(str(run)).expanduser() / "genscale.json").is_file()
+
+
 def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], dict[str, Any]]:
     """Load ``cfg.run`` (a run or an exported folder).
 
@@ -35,11 +41,8 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
         the pipeline, and the settings of its sampler and guidance as used.
     """
     device = cfg.device
-    exported = (Path(str(cfg.run)).expanduser() / "genscale.json").is_file()
-    if exported:
-        import json
-
-        own = json.loads((Path(str(cfg.run)).expanduser() / "genscale.json").read_text())
+    if is_exported(cfg.run):
+        own = exported_config(Path(str(cfg.run)).expanduser())
         pipeline = GenerationPipeline.from_pretrained(cfg.run, device)
     else:
         own = RunFolder.open(cfg.run).config()
@@ -55,7 +58,16 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
 
 
 def datasets_of(run: str) -> Any:
-    """Build the data module a run was trained on, for its reference images."""
+    """Build the data module a run was trained on, for its reference images.
+
+    Raises:
+        ConfigError: ``run`` is an exported folder, which does not say where its data was.
+    """
+    if is_exported(run):
+        raise ConfigError(
+            f"run={run} is an exported folder, which has no data to compare with. "
+            "Give reference=<statistics or npz>, or the run it was exported from."
+        )
     return build(RunFolder.open(run).config()["data"], path="data")
 
 
@@ -65,6 +77,6 @@ def output_folder(cfg: DictConfig, kind: str) -> Path:
         folder = Path(cfg.out_dir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    exported = Path(str(cfg.run)).expanduser()
-    base = exported if (exported / "genscale.json").is_file() else RunFolder.open(cfg.run).path
+    exported = is_exported(cfg.run)
+    base = Path(str(cfg.run)).expanduser() if exported else RunFolder.open(cfg.run).path
     return new_folder(base / kind)

@@ -77,6 +77,11 @@ PLACES: list[tuple[str, Words, Words]] = [
     ("sample", ("run=RUN", "checkpoint=x.ckpt"), ("No checkpoint file at x.ckpt",)),
     ("evaluate", ("samples=gone.npz", "reference=RUN/env.json"), ("samples=gone.npz",)),
     ("evaluate", ("samples=RUN/env.json",), ("without reference=",)),
+    (
+        "evaluate",
+        ("run=RUN/export", "metrics.metrics=[fd_pixels]"),
+        ("is an exported folder", "reference="),
+    ),
     ("evaluate", ("run=RUN", "metrics=fid"), ("No weights for 'inception'", "genscale.cli.fetch")),
 ]
 
