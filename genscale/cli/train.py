@@ -242,7 +242,8 @@ def _checkpoint_to_resume(cfg: DictConfig, folder: RunFolder) -> Path | None:
         return None
     before = _flatten(folder.config())
     now = _flatten(OmegaConf.to_container(cfg, resolve=True))
-    for key in sorted({*before, *now}):
+    # shortest first: what others refer to is named before what follows from it
+    for key in sorted({*before, *now}, key=lambda key: (key.count("."), key)):
         if key.split(".")[0] not in FREE_ON_RESUME and before.get(key) != now.get(key):
             raise ConfigError(
                 f"The run in {folder.path} was started with {key}={before.get(key)}, but "
