@@ -24,6 +24,8 @@ class BackboneOutput:
         memory: what the caller hands back at the next step (KV cache, SSM state), or None.
         aux: further outputs by name. ``aux["pyramid"]``: predictions of a multi-resolution
             backbone, coarse first, the last one being ``sample`` itself.
+            ``aux["variance"]``: the logits v of a learned variance, shaped as ``sample``, where
+            the backbone has ``learn_sigma`` (arXiv:2102.09672, eq. 15 with f = (v + 1) / 2).
     """
 
     sample: Tensor

@@ -56,12 +56,20 @@ class SelfAttention(nn.Module):
         num_heads: heads h; D must be a multiple of it.
         axial_rope: rotate queries and keys by their place on the grid, after a
             :class:`CosineNorm`.
+        qkv_bias: give queries, keys and values a bias.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, *, axial_rope: bool = False) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        axial_rope: bool = False,
+        qkv_bias: bool = False,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
         self.out = nn.Linear(hidden_size, hidden_size)
         self.rope = AxialRoPE(hidden_size // num_heads, num_heads) if axial_rope else None
         self.qk_norm = CosineNorm(num_heads) if axial_rope else None
