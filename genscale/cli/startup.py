@@ -1,0 +1,153 @@
+"""Before anything is built: a quiet terminal, and every problem that can be seen, at once."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from omegaconf import DictConfig, open_dict
+
+from genscale import dist
+from genscale.cli.app import instantiate
+from genscale.cli.numbers import number_problems
+from genscale.errors import ConfigError, GenscaleError, ParallelError, require
+
+# whole numbers and the least allowed
+_LEAST = {
+    "seed": None,
+    "batch_size": 1,
+    "trainer.max_steps": 1,
+    "trainer.num_nodes": 1,
+    "trainer.accumulate_grad_batches": 1,
+    "callbacks.log_every": 1,
+    "callbacks.checkpoint_every": 0,
+    "callbacks.keep_checkpoints": 1,
+    "callbacks.keep_every": 0,
+    "callbacks.sample_every": 0,
+    "callbacks.sample_count": 1,
+    "callbacks.metrics_every": 0,
+    "callbacks.metrics_samples": 2,
+    "callbacks.max_bad_steps": 1,
+}
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's banners and advice for other kinds of training off the terminal."""
+    import lightning.pytorch  # noqa: F401 - it sets its own levels on import
+
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (
+        ".*does not have many workers.*",
+        ".*lr_scheduler.step.*",
+        ".*isinstance.treespec.*",
+        ".*`training_step` returned `None`.*",
+        ".*in eval mode at the start of training.*",
+        ".*IterableDataset.*",
+    ):
+        warnings.filterwarnings("ignore", text)
+
+
+def default_name(cfg: DictConfig) -> str:
+    """Return ``<model>_<data>`` as chosen on the command line."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if HydraConfig.initialized():
+        choices = HydraConfig.get().runtime.choices
+        return f"{choices['model']}_{choices['data']}"
+    return f"{cfg.model._target_.rpartition('.')[2].lower()}_{cfg.data.name}"
+
+
+def forget_hydra() -> None:
+    """Make Lightning start further processes with the words that were typed.
+
+    Where it sees Hydra at work, it puts settings of Hydra behind them, and other ones in every
+    version.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    HydraConfig.instance().cfg = None  # Hydra restores it after the job
+
+
+def check(cfg: DictConfig) -> Any:
+    """Raise one error that lists every problem that can be seen before a model is built.
+
+    Returns:
+        the data module: reading the data is part of the check, and is done once.
+    """
+    import torch
+
+    trainer = cfg.trainer
+    problems = number_problems(cfg, _LEAST)
+    if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        problems.append(
+            f"trainer.accelerator={trainer.accelerator} was given, but no CUDA device is present. "
+            "Use trainer=cpu."
+        )
+    elif isinstance(trainer.devices, int) and not problems:
+        parts = trainer.devices * trainer.num_nodes * trainer.accumulate_grad_batches
+        if trainer.devices < 1 or cfg.batch_size % parts:
+            problems.append(
+                f"batch_size={cfg.batch_size} does not divide over trainer.devices="
+                f"{trainer.devices} x trainer.num_nodes={trainer.num_nodes} x "
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}. "
+                f"Give a positive multiple of {max(parts, 1)}."
+            )
+    share = cfg.condition_dropout
+    if not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
+        problems.append(
+            f"condition_dropout must be in [0, 1], but {share} was given. Give e.g. 0.1."
+        )
+    built: list[Any] = []
+    problems += _problem_of(lambda: built.append(instantiate(cfg.data, "data")))
+    for path in ("objective", "sampler", "guidance", "optim", "lr_schedule", "ema"):
+        problems += _problem_of(partial(instantiate, cfg[path], path))
+    if cfg.callbacks.metrics_every > 0:
+        problems += instantiate(cfg.metrics, "metrics").check()
+    for node in cfg.logger.values():
+        problems += _problem_of(partial(_require_logger, node._target_.rpartition(".")[2]))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return built[0]
+
+
+def _require_logger(package: str) -> None:
+    if package in ("tensorboard", "wandb"):
+        require(package, what=f"logger={package}", extra=package)
+
+
+def _problem_of(action: Callable[[], object]) -> list[str]:
+    try:
+        action()
+    except (GenscaleError, ImportError, FileNotFoundError) as error:
+        return [str(error)]
+    return []
+
+
+def check_processes(trainer: Any) -> None:
+    """Refuse processes that would each train alone in the same folder."""
+    if dist.launched() not in (1, trainer.world_size):
+        raise ParallelError(
+            f"{dist.launched()} processes were started, but the trainer is set to "
+            f"{trainer.world_size}. Give trainer=ddp, and trainer.devices= the processes of one "
+            "machine."
+        )
+
+
+def adopt_data(cfg: DictConfig, datamodule: Any) -> None:
+    """Write what the data turned out to be into the config; the model's sizes follow from it."""
+    known = ("channels", "resolution", "num_classes")
+    with open_dict(cfg):
+        for name in known:
+            if name in cfg.data:
+                cfg.data[name] = getattr(datamodule, name)
+        cfg.data_info = {
+            "name": datamodule.name,
+            "size": len(datamodule.train),
+            "num_classes": datamodule.num_classes,
+            "class_names": list(datamodule.class_names),
+            "fingerprint": datamodule.fingerprint(),
+        }
