@@ -116,6 +116,8 @@ def train(
         max_steps=steps,
         max_epochs=-1,
         callbacks=callbacks,
+        # Lightning would add a checkpoint of its own, in the working directory
+        enable_checkpointing=any(isinstance(one, RunCheckpoint) for one in callbacks),
         logger=options.pop("logger", False),
         enable_progress_bar=False,
         enable_model_summary=False,
