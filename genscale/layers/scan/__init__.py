@@ -1,0 +1,7 @@
+"""Linear recurrences with input-dependent decay: Mamba-1 and Mamba-2 scans, and 2-D orders."""
+
+from genscale.layers.scan.orders import SCAN_KINDS, ScanKind, permute_rows, scan_orders
+from genscale.layers.scan.selective import selective_scan
+from genscale.layers.scan.ssd import ssd
+
+__all__ = ["SCAN_KINDS", "ScanKind", "permute_rows", "scan_orders", "selective_scan", "ssd"]
