@@ -18,14 +18,13 @@ backward pass goes over the features once, as the forward pass does:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from genscale.layers.norm import upcast
+from genscale.layers.norm import no_autocast, upcast
 
 SLICE_WIDTH = 4096
 """Columns of the concatenation that exist at a time: enough for matrix products at full speed."""
@@ -139,7 +138,7 @@ class _ConcatNormLinear(torch.autograd.Function):
         *features: Tensor,
     ) -> Tensor:
         batch, tokens, width = features[0].shape
-        with _no_autocast(weight.device):
+        with no_autocast(weight.device):
             mean, rstd = _moments(features, eps)
             shift = -mean * rstd
             y = bias.to(mean.dtype).repeat(batch * tokens, 1)  # (T, O)
@@ -168,7 +167,7 @@ class _ConcatNormLinear(torch.autograd.Function):
         dtype, wide = ctx.dtype, mean.dtype
         batch, tokens, width = features[0].shape
         total = width * len(features)
-        with _no_autocast(weight.device):
+        with no_autocast(weight.device):
             grad = grad.to(dtype)  # (B, N, O)
             flat = grad.flatten(0, 1)
             grad_wide = grad.to(wide)
@@ -219,10 +218,3 @@ def _scale(h: Tensor, gamma: Tensor, beta: Tensor, i: int, dtype: torch.dtype) -
 
 def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context without autocast; devices that know no autocast need none."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genscale.layers.norm import upcast
+from genscale.layers.norm import no_autocast, upcast
 from genscale.layers.rope import rotate
 
 _TINY = 1e-30  # below it a coordinate counts as zero; its power is zero in float32
@@ -54,7 +54,7 @@ class NormAwareLinearAttention(nn.Module):
             rotation: cosines and sines ``(1, N, d / 2)`` of :func:`axial_rotation`.
         """
         q, k, v, g = self.qkvg(x).chunk(4, dim=-1)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             v = upcast(v)
             y = self._attend(upcast(q), upcast(k), v, rotation)
             y = y + self._mix_neighbours(v, grid)

@@ -8,7 +8,8 @@ A layer whose scale depends on the condition does not own that scale: it says in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,13 @@ from torch import Tensor, nn
 def upcast(x: Tensor) -> Tensor:
     """Return half-precision tensors as float32, all others as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context without autocast; devices that know no autocast need none."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def per_sample(vector: Tensor, like: Tensor) -> Tensor:
