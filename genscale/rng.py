@@ -158,3 +158,39 @@ def for_step(seed: int, position: Tensor) -> StepRandom:
 def sample_seeds(seed: int, start: int, count: int) -> Tensor:
     """Return the ``(count,)`` int64 seeds of samples ``start .. start + count - 1`` of a run."""
     return key(seed, torch.arange(start, start + count), Purpose.SAMPLE)
+
+
+class Stacked:
+    """parity: one torch CPU generator a sample, as EDM's programs seed theirs (seed mod 2^32).
+
+    Unlike everything else here it has a state: draws come in the order of the calls. It exists to
+    repeat published samples; the rows of a seed do not depend on the other seeds.
+
+    Args:
+        seeds: ``(B,)`` int64 or a list of integers.
+    """
+
+    def __init__(self, seeds: Tensor | list[int]) -> None:
+        numbers = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+        self.generators = [torch.Generator("cpu").manual_seed(n % (1 << 32)) for n in numbers]
+
+    def normal(self, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw ``(B, *shape)`` standard normals, on the CPU."""
+        rows = [
+            torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
+            for generator in self.generators
+        ]
+        return torch.stack(rows)
+
+    def integers(self, high: int) -> Tensor:
+        """Draw ``(B,)`` int64 numbers in [0, high), on the CPU."""
+        rows = [
+            torch.randint(high, (), generator=generator, device="cpu")
+            for generator in self.generators
+        ]
+        return torch.stack(rows)
+
+
+def stacked(seeds: Tensor | list[int]) -> Stacked:
+    """Return one torch generator a seed; see :class:`Stacked`."""
+    return Stacked(seeds)

@@ -86,12 +86,15 @@ class Prediction:
             guidance may break the tie (CFG++ re-noises with the unconditional one).
         memory: what to hand to the next call.
         cost: ``(B,)`` float64 on the CPU: network evaluations spent on each particle.
+        variance: shaped as x_t: where a network with learned variance places log sigma^2 between
+            its bounds, -1 the lower and 1 the upper one (arXiv:2102.09672, eq. 15); else None.
     """
 
     clean: Tensor
     noise: Tensor
     memory: Any = None
     cost: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    variance: Tensor | None = None
 
 
 class Denoiser(ABC):

@@ -11,8 +11,8 @@ from torch import Tensor
 from genscale.backbones.base import Backbone, BackboneOutput
 from genscale.errors import ConfigError, did_you_mean
 from genscale.objectives.base import Batch, LossOutput, Objective, on
-from genscale.objectives.conversion import Target, target_of
-from genscale.objectives.network import NetworkView, velocity_is_reversed
+from genscale.objectives.conversion import Target, network_input, target_of
+from genscale.objectives.network import NetworkView, extras_of, velocity_is_reversed
 from genscale.objectives.pyramid import pyramid_loss
 from genscale.objectives.schedule import NoiseProcess
 from genscale.objectives.time_input import TimeInput, time_input_of
@@ -22,7 +22,9 @@ PyramidWeights = Literal["auto"] | Sequence[float] | None
 
 
 class DenoisingObjective(Objective):
-    """Mean squared error of a network's prediction at a random level; no weighting by level.
+    """Mean squared error of a network's prediction at a random level.
+
+    The error is not weighted by level, unless a subclass gives an :meth:`error_scale`.
 
     Args:
         process: the noising process.
@@ -31,6 +33,7 @@ class DenoisingObjective(Objective):
         pyramid_weights: weights of a multi-resolution backbone's predictions
             (``aux["pyramid"]``), coarse first; None trains the finest one only; ``"auto"`` asks
             the backbone's ``pyramid_weights`` and means None where it has none.
+        sigma_data: standard deviation of the data, for the target ``edm``.
 
     Raises:
         ConfigError: an unknown name or an impossible weight.
@@ -43,12 +46,14 @@ class DenoisingObjective(Objective):
         target: Target,
         time_input: TimeInput,
         pyramid_weights: PyramidWeights,
+        sigma_data: float = 0.5,
     ) -> None:
         _check_choice("target", target, get_args(Target))
         _check_choice("time_input", time_input, get_args(TimeInput))
         self.process = process
         self.target = target
         self.time_input = time_input
+        self.sigma_data = float(sigma_data)
         self.pyramid_weights: Literal["auto"] | tuple[float, ...] | None
         if pyramid_weights is None or pyramid_weights == "auto":
             self.pyramid_weights = None if pyramid_weights is None else "auto"
@@ -58,6 +63,10 @@ class DenoisingObjective(Objective):
     @abstractmethod
     def sample_time(self, u: Tensor) -> Tensor:
         """Return process times of keyed uniforms ``u`` ``(B,)`` float64 in [0, 1)."""
+
+    def error_scale(self, time: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor | None:
+        """Return what errors ``(B,)`` are multiplied by before they are squared; None is 1."""
+        return None
 
     def loss(self, backbone: Backbone, batch: Batch, rng: StepRandom) -> LossOutput:
         """Compute the loss of a batch; see :class:`DenoisingObjective`.
@@ -71,20 +80,33 @@ class DenoisingObjective(Objective):
         alpha, sigma = self.process.coefficients(time)
         alpha_x, sigma_x = on(alpha, clean), on(sigma, clean)
         x = alpha_x * clean + sigma_x * noise
-        output = backbone(x, time_input_of(self.time_input, time, alpha, sigma), batch.cond)
-        target = target_of(self.target, clean, noise, alpha_x, sigma_x)
+        extras = extras_of(self.target, self.process, time, clean, self.sigma_data)
+        fed = network_input(self.target, x, alpha_x, sigma_x, extras)
+        output = backbone(fed, time_input_of(self.time_input, time, alpha, sigma), batch.cond)
+        target = target_of(self.target, clean, noise, alpha_x, sigma_x, extras)
         if velocity_is_reversed(self.target, self.time_input):
             target = -target
-        return self._compare(backbone, output, target, time)
+        scale = self.error_scale(time, alpha, sigma)
+        return self._compare(backbone, output, target, time, scale)
 
     def view(self, backbone: Backbone) -> NetworkView:
         """Return the generator view of a trained backbone."""
-        return NetworkView(backbone, self.process, self.target, self.time_input)
+        return NetworkView(
+            backbone, self.process, self.target, self.time_input, sigma_data=self.sigma_data
+        )
 
     def _compare(
-        self, backbone: Backbone, output: BackboneOutput, target: Tensor, time: Tensor
+        self,
+        backbone: Backbone,
+        output: BackboneOutput,
+        target: Tensor,
+        time: Tensor,
+        scale: Tensor | None = None,
     ) -> LossOutput:
         predictions = output.aux.get("pyramid") or [output.sample]
+        if scale is not None:
+            target = on(scale, target) * target
+            predictions = [on(scale, item) * item for item in predictions]
         weights = self._weights_for(backbone, len(predictions))
         per_sample, errors = pyramid_loss(predictions, target, weights)
         terms: dict[str, Tensor] = {}

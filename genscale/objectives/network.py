@@ -9,9 +9,10 @@ from torch import Tensor
 
 from genscale.backbones.base import Backbone
 from genscale.conditioning.base import Conditioning
+from genscale.errors import ConfigError
 from genscale.objectives.base import Denoiser, Level, Prediction, on
-from genscale.objectives.conversion import Target, clean_and_noise
-from genscale.objectives.schedule import NoiseProcess
+from genscale.objectives.conversion import Extras, Target, clean_and_noise, network_input
+from genscale.objectives.schedule import LinearFlow, NoiseProcess
 from genscale.objectives.time_input import TimeInput, time_input_of
 
 _TOLERANCE = 1e-6  # of log SNR, for levels that another program rounded
@@ -33,16 +34,28 @@ class NetworkView(Denoiser):
         process: the process it was trained on.
         target: what it predicts.
         time_input: which number it is fed.
+        sigma_data: standard deviation of the data, for the target ``edm``.
+        learned_variance: whether the network has twice the channels, the second half saying where
+            the variance lies (:attr:`Prediction.variance`).
     """
 
     def __init__(
-        self, backbone: Backbone, process: NoiseProcess, target: Target, time_input: TimeInput
+        self,
+        backbone: Backbone,
+        process: NoiseProcess,
+        target: Target,
+        time_input: TimeInput,
+        *,
+        sigma_data: float = 0.5,
+        learned_variance: bool = False,
     ) -> None:
         parameter = next(backbone.parameters())
         self.backbone = backbone
         self.process = process
         self.target = target
         self.time_input = time_input
+        self.sigma_data = sigma_data
+        self.learned_variance = learned_variance
         self.sample_shape = backbone.sample_shape
         self.device = parameter.device
         self.dtype = parameter.dtype
@@ -65,19 +78,23 @@ class NetworkView(Denoiser):
         if level.time is None:
             own, scale = self._match(level)
             x = x / on(scale, x)
-        time = time_input_of(self.time_input, self.process.time_at(own), own.alpha, own.sigma)
+        moment = self.process.time_at(own)
+        time = time_input_of(self.time_input, moment, own.alpha, own.sigma)
+        alpha, sigma = on(own.alpha, x), on(own.sigma, x)
+        extras = extras_of(self.target, self.process, moment, x, self.sigma_data)
         autocast = torch.is_autocast_enabled(x.device.type)
         # autocast leaves float64 alone, so that it would meet the network's float32 weights
         dtype = torch.float32 if autocast else self.dtype
-        output = self.backbone(x.to(dtype), time.to(x.device, non_blocking=True), cond, memory)
-        prediction = output.sample.to(x.dtype)
+        fed = network_input(self.target, x, alpha, sigma, extras).to(dtype)
+        output = self.backbone(fed, time.to(x.device, non_blocking=True), cond, memory)
+        prediction, variance = split_output(
+            output.sample.to(x.dtype), x.shape[1], self.learned_variance
+        )
         if velocity_is_reversed(self.target, self.time_input):
             prediction = -prediction
-        clean, noise = clean_and_noise(
-            self.target, prediction, x, on(own.alpha, x), on(own.sigma, x)
-        )
+        clean, noise = clean_and_noise(self.target, prediction, x, alpha, sigma, extras)
         cost = torch.ones(len(x), dtype=torch.float64, device="cpu")
-        return Prediction(clean, noise, output.memory, cost)
+        return Prediction(clean, noise, output.memory, cost, variance)
 
     def _match(self, level: Level) -> tuple[Level, Tensor]:
         """Return the own level of equal SNR, and c such that (alpha, sigma) = c * its own."""
@@ -91,6 +108,34 @@ class NetworkView(Denoiser):
         own = self.process.level(self.process.time_of(log_snr))
         scale = torch.hypot(level.alpha, level.sigma) / torch.hypot(own.alpha, own.sigma)
         return own, scale
+
+
+def extras_of(
+    target: Target, process: NoiseProcess, time: Tensor, like: Tensor, sigma_data: float
+) -> Extras:
+    """Return what a target needs at times ``(B,)`` or ``(1,)``, on ``like``'s device and dtype."""
+    if target != "velocity" or isinstance(process, LinearFlow):  # whose velocity is eps - x_0
+        return Extras(None, sigma_data)
+    alpha_rate, sigma_rate = process.rates(time)
+    return Extras((on(alpha_rate, like), on(sigma_rate, like)), sigma_data)
+
+
+def split_output(
+    sample: Tensor, channels: int, learned_variance: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Split what a network returns into its prediction and, where it learns one, its variance.
+
+    Raises:
+        ConfigError: a number of channels that does not fit.
+    """
+    expected = 2 * channels if learned_variance else channels
+    if sample.shape[1] != expected:
+        raise ConfigError(
+            f"The network returns {sample.shape[1]} channels for inputs of {channels}, but "
+            f"{expected} were expected with objective.learn_sigma={str(learned_variance).lower()}. "
+            "Let model.learn_sigma and objective.learn_sigma agree."
+        )
+    return (sample[:, :channels], sample[:, channels:]) if learned_variance else (sample, None)
 
 
 def velocity_is_reversed(target: Target, time_input: TimeInput) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,10 +26,12 @@ class NoiseProcess(ABC):
     Attributes:
         t_max: the time sampling starts at.
         t_min: the smallest time > 0 the network was trained on; grids that stop before 0 end here.
+        continues_above: whether networks also answer for levels noisier than that of ``t_max``.
     """
 
     t_max: float
     t_min: float
+    continues_above: ClassVar[bool] = False
 
     @abstractmethod
     def coefficients(self, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,6 +40,20 @@ class NoiseProcess(ABC):
     @abstractmethod
     def time_of(self, log_snr: Tensor) -> Tensor:
         """Invert lambda = log(alpha / sigma) to a time."""
+
+    def rates(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (d alpha / dt, d sigma / dt) float64 of times, elementwise.
+
+        The velocity of the process is d alpha / dt x_0 + d sigma / dt eps. The default
+        differentiates :meth:`coefficients`; processes with short formulas have their own.
+        """
+        # also where the caller takes no gradients
+        with torch.inference_mode(False), torch.enable_grad():
+            moment = time.double().clone().detach().requires_grad_()
+            alpha, sigma = self.coefficients(moment)
+            (alpha_rate,) = torch.autograd.grad(alpha.sum(), moment, retain_graph=True)
+            (sigma_rate,) = torch.autograd.grad(sigma.sum(), moment)
+        return alpha_rate, sigma_rate
 
     def straight_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return c such that x / c moves on straight lines from data to noise.
@@ -69,14 +85,12 @@ class LinearFlow(NoiseProcess):
 
     Args:
         t_min: where grids that stop before 0 end.
+        t_max: where sampling starts; below 1 for networks whose estimates are singular at pure
+            noise.
     """
 
     t_min: float = 1e-3
-
-    @property
-    def t_max(self) -> float:  # type: ignore[override]  # a constant of the process
-        """Pure noise."""
-        return 1.0
+    t_max: float = 1.0
 
     def coefficients(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """Return (1 - t, t) in float64."""
@@ -86,6 +100,11 @@ class LinearFlow(NoiseProcess):
     def time_of(self, log_snr: Tensor) -> Tensor:
         """Return t = 1 / (1 + exp(lambda))."""
         return torch.sigmoid(-log_snr.double())
+
+    def rates(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (-1, 1)."""
+        one = torch.ones_like(time, dtype=torch.float64)
+        return -one, one
 
     def straight_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return alpha + sigma, which is 1 on this process: x itself moves straight."""

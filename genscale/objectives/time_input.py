@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-TimeInput = Literal["dimr_linear", "unit", "one_minus", "index", "log_snr", "quarter_log_sigma"]
+TimeInput = Literal[
+    "dimr_linear", "unit", "one_minus", "index", "timestep", "log_snr", "quarter_log_sigma"
+]
 
 # DiMR's continuous recipe clamps the log SNR so; it keeps clean data and pure noise finite
 _LOG_SNR_RANGE = (math.log(1e-12), math.log(1e6))
@@ -23,6 +25,7 @@ def time_input_of(kind: TimeInput, time: Tensor, alpha: Tensor, sigma: Tensor) -
     | ``unit`` | t: 0 data, 1 noise | flow models |
     | ``one_minus`` | 1 - t | SiT's official weights |
     | ``index`` | 1000 t: the noise step n of DDPM | U-ViT |
+    | ``timestep`` | 1000 t - 1: the noise step counted from 0 | DiT |
     | ``log_snr`` | log(alpha^2 / sigma^2), in [log 1e-12, log 1e6] | continuous VP recipes |
     | ``quarter_log_sigma`` | log(sigma / alpha) / 4, in the same range | EDM |
 
@@ -43,6 +46,8 @@ def time_input_of(kind: TimeInput, time: Tensor, alpha: Tensor, sigma: Tensor) -
         number = 1.0 - time
     elif kind == "index":
         number = 1000.0 * time
+    elif kind == "timestep":
+        number = 1000.0 * time - 1.0
     else:
         log_snr = 2.0 * (torch.log(alpha) - torch.log(sigma))
         log_snr = log_snr.clamp(*_LOG_SNR_RANGE)

@@ -33,6 +33,7 @@ class State:
         nfe: ``(B,)`` float64 network evaluations spent so far.
         clean: estimate of x_0 at the current step, set by ``evaluate``; None before.
         noise: estimate of eps, set with ``clean``.
+        variance: what a network with learned variance says of it, set with ``clean``.
         history: solver history by name, tensors with a leading particle axis.
         memory: what the denoiser handed back (nested tensors with a leading particle axis).
         pending: memory after the current step's evaluation, committed by ``advance``.
@@ -52,6 +53,7 @@ class State:
     memory: Any = None
     pending: Any = None
     process: NoiseProcess | None = None
+    variance: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -82,6 +84,7 @@ class State:
             memory=take_rows(self.memory, index),
             pending=take_rows(self.pending, index),
             process=self.process,
+            variance=None if self.variance is None else pick(self.variance),
         )
 
     @staticmethod
@@ -113,6 +116,7 @@ class State:
             memory=cat_tensors([state.memory for state in states]),
             pending=cat_tensors([state.pending for state in states]),
             process=states[0].process,
+            variance=cat_tensors([state.variance for state in states]),
         )
 
     def put(self, index: Tensor, part: State) -> State:
@@ -121,7 +125,10 @@ class State:
         Conditions, seeds and groups stay: ``part`` holds the same particles. Both states are
         evaluated or neither is.
         """
-        fields = ("x", "step", "lineage", "nfe", "clean", "noise", "history", "memory", "pending")
+        fields = (
+            *("x", "step", "lineage", "nfe", "clean", "noise", "variance"),
+            *("history", "memory", "pending"),
+        )
         return replace(
             self,
             **{name: put_rows(getattr(self, name), index, getattr(part, name)) for name in fields},

@@ -12,7 +12,8 @@ from genscale.errors import ConfigError
 from genscale.objectives.base import Denoiser, Level, on
 from genscale.objectives.schedule import NoiseProcess
 from genscale.samplers.base import State
-from genscale.samplers.grid import GridSampler, Precision, Schedule, level_grid
+from genscale.samplers.grid import GridSampler, Precision
+from genscale.samplers.schedules import Linear, level_grid
 
 
 class DPMSolverFast(GridSampler):
@@ -30,8 +31,8 @@ class DPMSolverFast(GridSampler):
     Args:
         steps: evaluations N; a step of the sampler is a solver step, so there are fewer.
         order: highest order, 1 to 3.
-        schedule: see :class:`~genscale.samplers.grid.GridSampler`.
-        shift: see there.
+        schedule: ``"linear"``: the arrangement of orders asks for it.
+        shift: see :class:`~genscale.samplers.grid.GridSampler`.
         precision: see there.
 
     Raises:
@@ -43,10 +44,15 @@ class DPMSolverFast(GridSampler):
         steps: int = 50,
         *,
         order: Literal[1, 2, 3] = 3,
-        schedule: Schedule = "linear",
+        schedule: Literal["linear"] = "linear",
         shift: float = 1.0,
         precision: Precision = "float32",
     ) -> None:
+        if schedule != "linear":
+            raise ConfigError(
+                f"sampler.schedule must be linear for dpm_fast, but is {schedule!r}. Use "
+                "sampler=dpmpp_2m for other schedules."
+            )
         super().__init__(steps, schedule=schedule, shift=shift, precision=precision)
         if order not in (1, 2, 3):
             raise ConfigError(
@@ -68,7 +74,7 @@ class DPMSolverFast(GridSampler):
 
     def grid(self, process: NoiseProcess) -> Level:
         """Return the levels of all evaluations, and the last one, where sampling ends."""
-        return level_grid(process, self.intervals, self.shift, process.t_min)
+        return level_grid(process, Linear(self.shift, end=process.t_min), self.intervals)
 
     def _place(self, step: Tensor) -> Tensor:
         return self.places[step]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -14,29 +13,20 @@ from genscale import rng
 from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError, did_you_mean
 from genscale.objectives.base import Denoiser, Level, on
+from genscale.objectives.memory import put_rows
 from genscale.objectives.schedule import NoiseProcess
-from genscale.objectives.time_sampler import shifted
 from genscale.rng import Purpose
 from genscale.samplers.base import Sampler, State
+from genscale.samplers.schedules import (
+    LevelSchedule,
+    ScheduleName,
+    check_unshifted,
+    level_grid,
+    named_schedule,
+)
 
-Schedule = Literal["linear"]
+Schedule = ScheduleName | LevelSchedule
 Precision = Literal["float32", "float64"]
-
-
-@lru_cache(maxsize=128)
-def level_grid(process: NoiseProcess, intervals: int, shift: float, end: float) -> Level:
-    """Return the levels at ``intervals + 1`` times from ``t_max`` down to ``end``.
-
-    Times are uniform, then shifted towards noise (see
-    :func:`~genscale.objectives.time_sampler.shifted`); both ends are exact. Cached, and never
-    written to.
-    """
-    # also where the first caller does not: a later one may differentiate, or be on another device
-    with torch.inference_mode(False), torch.device("cpu"):
-        unit = shifted(torch.linspace(1.0, 0.0, intervals + 1, dtype=torch.float64), shift)
-        times = end + (process.t_max - end) * unit
-        times[0], times[-1] = process.t_max, end
-        return process.level(times)
 
 
 class GridSampler(Sampler):
@@ -46,8 +36,9 @@ class GridSampler(Sampler):
 
     Args:
         steps: intervals N of the grid.
-        schedule: ``"linear"``: uniform in process time.
-        shift: above 1 moves the grid towards noise, for large pictures; 1 changes nothing.
+        schedule: where the levels lie: ``"linear"``, uniform in process time, or another name or
+            object of :mod:`genscale.samplers.schedules`.
+        shift: above 1 moves a linear grid towards noise, for large pictures; 1 changes nothing.
         precision: dtype of the state; the network runs in its own.
 
     Raises:
@@ -71,15 +62,17 @@ class GridSampler(Sampler):
             raise ConfigError(
                 f"sampler.shift must be positive, but is {shift}. 1 leaves the grid as it is."
             )
-        for name, value, known in (
-            ("schedule", schedule, get_args(Schedule)),
-            ("precision", precision, get_args(Precision)),
-        ):
-            if value not in known:
-                raise ConfigError(
-                    f"sampler.{name} must be one of {', '.join(known)}, but is {value!r}."
-                    f"{did_you_mean(str(value), known)}"
-                )
+        if precision not in get_args(Precision):
+            raise ConfigError(
+                f"sampler.precision must be one of {', '.join(get_args(Precision))}, but is "
+                f"{precision!r}.{did_you_mean(str(precision), get_args(Precision))}"
+            )
+        self.schedule: LevelSchedule
+        if isinstance(schedule, LevelSchedule):
+            check_unshifted(schedule, shift)
+            self.schedule = schedule
+        else:
+            self.schedule = named_schedule(schedule, float(shift))
         self.intervals = steps
         self.shift = float(shift)
         self.precision = precision
@@ -97,7 +90,7 @@ class GridSampler(Sampler):
 
     def grid(self, process: NoiseProcess) -> Level:
         """Return all levels of the grid, from most noise to clean."""
-        return level_grid(process, self.intervals, self.shift, 0.0)
+        return level_grid(process, self.schedule, self.intervals)
 
     def start(
         self,
@@ -129,15 +122,16 @@ class GridSampler(Sampler):
             )
         noise = noise.to(device=model.device, dtype=self.dtype)
         zero = torch.zeros(count, dtype=torch.int64, device="cpu")
-        level = self.grid(model.process).select(self._place(zero[:1]))
+        x = on(self._start_std(model.process), noise) * noise
         return State(
-            x=on(level.sigma, noise) * noise,
+            x=x,
             cond=cond.to(model.device),
             step=zero,
             seeds=seeds,
             lineage=zero.clone(),
             group=torch.arange(count, device="cpu"),
             nfe=zero.double(),
+            history=self._fresh_history(x),
             process=model.process,
         )
 
@@ -153,7 +147,10 @@ class GridSampler(Sampler):
             return state
         index = active.nonzero()[:, 0]
         part = state.select(index).replace(clean=None, noise=None, pending=None)
-        return state.put(index, self._evaluate(model, part))
+        part = self._evaluate(model, part)
+        if part.variance is not None:
+            state = state.replace(variance=torch.zeros_like(state.x))
+        return state.put(index, part)
 
     def advance(self, model: Denoiser, state: State, noise: Tensor | None = None) -> State:
         """Take one step, in all particles that have one left; the others stay as they are."""
@@ -167,8 +164,24 @@ class GridSampler(Sampler):
         part = self._advance(
             model, state.select(index), None if noise is None else noise[index.to(noise.device)]
         )
-        state = state.replace(clean=None, noise=None, memory=state.pending, pending=None)
+        state = state.replace(
+            clean=None, noise=None, variance=None, memory=state.pending, pending=None
+        )
         return state.put(index, part)
+
+    def forget(self, state: State) -> State:
+        """Restart the solver's history: for particles whose x was changed from outside.
+
+        Solvers of several steps then begin again at order 1; others lose nothing. The result is
+        not evaluated.
+        """
+        return state.replace(
+            clean=None,
+            noise=None,
+            variance=None,
+            pending=None,
+            history=self._fresh_history(state.x),
+        )
 
     def finish(self, state: State) -> Tensor:
         """Return the samples ``(B, ...)``, in the state's dtype.
@@ -189,7 +202,7 @@ class GridSampler(Sampler):
 
         q(x_j | x_i) = N((alpha_j / alpha_i) x_i, sigma_j^2 - (alpha_j / alpha_i)^2 sigma_i^2).
         Particles that move get a new lineage, so that neither the steps taken again nor a later
-        return repeat their noise. What the network remembers stays; solver history is cleared.
+        return repeat their noise. What the network remembers stays; their solver history restarts.
 
         Args:
             state: evaluated or not; the result is not.
@@ -213,13 +226,19 @@ class GridSampler(Sampler):
         noise = self._noise(state.x, rng.key(*fields)) if noise is None else noise.to(state.x)
         std = on(variance.clamp_min(0.0).sqrt(), state.x)
         renewed = rng.key(state.lineage, state.step, target, Purpose.RENOISE)
+        moved = target < state.step
+        history, index = state.history, moved.nonzero()[:, 0]
+        if len(index) > 0:
+            rows = state.x[index.to(state.x.device)]
+            history = put_rows(history, index, self._fresh_history(rows))
         return state.replace(
             x=on(ratio, state.x) * state.x + std * noise,
             step=target.clone(),
-            lineage=torch.where(target < state.step, renewed, state.lineage),
+            lineage=torch.where(moved, renewed, state.lineage),
             clean=None,
             noise=None,
-            history={},
+            variance=None,
+            history=history,
             pending=None,
         )
 
@@ -236,6 +255,7 @@ class GridSampler(Sampler):
         return state.replace(
             clean=prediction.clean,
             noise=prediction.noise,
+            variance=prediction.variance,
             pending=prediction.memory,
             nfe=state.nfe + prediction.cost,
         )
@@ -244,13 +264,35 @@ class GridSampler(Sampler):
         x, cost = self._move(model, state, noise)
         return state.replace(
             x=x,
+            history=self._next_history(state),
             step=state.step + 1,
             nfe=state.nfe + cost,
             clean=None,
             noise=None,
+            variance=None,
             memory=state.pending,
             pending=None,
         )
+
+    def _start_std(self, process: NoiseProcess) -> Tensor:
+        """Return the standard deviation ``(1,)`` of x where trajectories start."""
+        zero = torch.zeros(1, dtype=torch.int64, device="cpu")
+        return self.grid(process).select(self._place(zero)).sigma
+
+    def _fresh_history(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the solver history of particles that have none yet; same names always."""
+        return {}
+
+    def _next_history(self, state: State) -> dict[str, Tensor]:
+        """Return the solver history after the current, evaluated step."""
+        return state.history
+
+    def _step_noise(self, state: State, noise: Tensor | None) -> Tensor:
+        """Return the unit noise of the current step: the caller's, or keyed."""
+        if noise is not None:
+            return noise.to(state.x)
+        keys = rng.key(state.seeds, state.lineage, state.step, Purpose.STEP)
+        return self._noise(state.x, keys)
 
     def _place(self, step: Tensor) -> Tensor:
         """Return where on the grid a step begins."""
@@ -258,7 +300,14 @@ class GridSampler(Sampler):
 
     def _level(self, state: State, step: Tensor) -> Level:
         """Return the levels at which steps begin."""
-        return self.grid(_process_of(state)).select(self._place(step))
+        return self.grid(self._process_of(state)).select(self._place(step))
+
+    def _process_of(self, state: State) -> NoiseProcess:
+        if state.process is None:
+            raise ValueError(
+                "The state names no noising process. Begin trajectories with sampler.start."
+            )
+        return state.process
 
     def _between(self, state: State) -> tuple[Level, Level]:
         """Return the levels where the current step begins and ends; shared ones of length 1."""
@@ -279,14 +328,17 @@ class GridSampler(Sampler):
             )
 
 
+def estimates(state: State) -> tuple[Tensor, Tensor]:
+    """Return (clean, noise) of an evaluated state.
+
+    Raises:
+        ValueError: a state that is not evaluated.
+    """
+    if state.clean is None or state.noise is None:
+        raise ValueError("The state is not evaluated. Call sampler.evaluate first.")
+    return state.clean, state.noise
+
+
 def _shared(step: Tensor) -> Tensor:
     """Return ``(1,)`` where all particles stand at one step, so that one level serves all."""
     return step[:1] if bool((step == step[0]).all()) else step
-
-
-def _process_of(state: State) -> NoiseProcess:
-    if state.process is None:
-        raise ValueError(
-            "The state names no noising process. Begin trajectories with sampler.start."
-        )
-    return state.process

@@ -2,18 +2,73 @@
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from genscale import rng
 from genscale.errors import ConfigError
 from genscale.objectives.base import Denoiser, on
-from genscale.rng import Purpose
 from genscale.samplers.base import State
-from genscale.samplers.grid import GridSampler, Precision, Schedule
+from genscale.samplers.grid import GridSampler, Precision, Schedule, estimates
 
 
-class DDIM(GridSampler):
+class GaussianSampler(GridSampler):
+    """A solver whose steps are draws from normals with independent elements."""
+
+    @abstractmethod
+    def transition(self, state: State) -> tuple[Tensor, Tensor]:
+        """Return the law of the next x: a normal with independent elements.
+
+        Args:
+            state: evaluated.
+
+        Returns:
+            mean ``(B, ...)``, and standard deviation: ``(B,)`` float64 on the CPU, or shaped as
+            the mean where elements differ. It is 0 for deterministic steps.
+
+        Raises:
+            ValueError: a state that is not evaluated.
+        """
+
+    def log_prob(
+        self, state: State, x: Tensor, *, reduce: Literal["sum", "mean"] = "sum"
+    ) -> Tensor:
+        """Return the log-density of a next x ``(B, ...)`` under :meth:`transition`.
+
+        Args:
+            state: evaluated, before the step.
+            x: what the step led to.
+            reduce: over the elements of a sample; Flow-GRPO (arXiv:2505.05470) takes the mean.
+
+        Returns:
+            ``(B,)`` float64 on x's device; 0 for deterministic steps, which have no density and
+            add nothing to the likelihood of a trajectory.
+        """
+        mean, std = self.transition(state)
+        spread = std.to(x.device).double().view(len(std), *([1] * (x.dim() - 1)))
+        if std.dim() > 1:
+            spread = std.double()
+        random = spread > 0
+        safe = torch.where(random, spread, 1.0)
+        off = (x.double() - mean.double()) / safe
+        log_density = -0.5 * off.square() - torch.log(safe) - 0.5 * math.log(2.0 * math.pi)
+        log_density = torch.where(random, log_density, 0.0).flatten(1)
+        return log_density.sum(1) if reduce == "sum" else log_density.mean(1)
+
+    def _move(self, model: Denoiser, state: State, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        mean, std = self.transition(state)
+        cost = torch.zeros_like(state.nfe)
+        if std.dim() > 1:
+            return mean + std * self._step_noise(state, noise), cost
+        if not bool((std > 0).any()):
+            return mean, cost
+        return mean + on(std, mean) * self._step_noise(state, noise), cost
+
+
+class DDIM(GaussianSampler):
     """The DDIM family on any process (arXiv:2010.02502, eq. 12): first order, one evaluation.
 
     x' = alpha' clean + sqrt(sigma'^2 - eta^2 tau^2) noise + eta tau z, with
@@ -52,20 +107,8 @@ class DDIM(GridSampler):
         self.eta = float(eta)
 
     def transition(self, state: State) -> tuple[Tensor, Tensor]:
-        """Return the law of the next x: a normal with independent elements.
-
-        Args:
-            state: evaluated.
-
-        Returns:
-            mean ``(B, ...)``, and standard deviation ``(B,)`` float64 on the CPU; 0 at the last
-            step and for finished particles.
-
-        Raises:
-            ValueError: a state that is not evaluated.
-        """
-        if state.clean is None or state.noise is None:
-            raise ValueError("The state is not evaluated. Call sampler.evaluate first.")
+        """Return mean and standard deviation ``(B,)`` of the next x; see the class."""
+        clean, noise = estimates(state)
         now, then = self._between(state)
         noisy = now.sigma > 0
         shrink = torch.where(noisy, then.sigma / now.sigma, 0.0)
@@ -74,15 +117,5 @@ class DDIM(GridSampler):
         )
         std = self.eta * tau
         kept = torch.sqrt((then.sigma**2 - std**2).clamp_min(0.0))
-        mean = on(then.alpha, state.x) * state.clean + on(kept, state.x) * state.noise
+        mean = on(then.alpha, state.x) * clean + on(kept, state.x) * noise
         return mean, std.expand(len(state))
-
-    def _move(self, model: Denoiser, state: State, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        mean, std = self.transition(state)
-        cost = torch.zeros_like(state.nfe)
-        if not bool((std > 0).any()):
-            return mean, cost
-        if noise is None:
-            keys = rng.key(state.seeds, state.lineage, state.step, Purpose.STEP)
-            noise = self._noise(mean, keys)
-        return mean + on(std, mean) * noise.to(mean), cost

@@ -12,12 +12,17 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from genscale.conditioning.base import Conditioning
+from genscale.objectives.paths import VarianceExploding
 from genscale.objectives.schedule import DiscreteVP, LinearFlow, NoiseProcess
 from genscale.samplers.base import Sampler, State
 from genscale.samplers.dpm_fast import DPMSolverFast
 from genscale.samplers.grid import GridSampler
-from genscale.samplers.ode import Euler, Heun
+from genscale.samplers.multistep import DPMSolverMultistep
+from genscale.samplers.ode import DPM2, Euler, Heun
+from genscale.samplers.runge_kutta import RungeKutta
+from genscale.samplers.schedules import Linear
 from genscale.samplers.sde import DDIM
+from genscale.samplers.single_step import DPMSolver2S
 
 SAMPLERS = {
     "euler": Euler(5),
@@ -31,11 +36,27 @@ SAMPLERS = {
     "dpm-8": DPMSolverFast(8, precision="float64"),
     "dpm-9": DPMSolverFast(9),
     "dpm-order-2": DPMSolverFast(5, order=2),
+    "euler-churn": Euler(5, churn=2.0, churn_noise=1.01, precision="float64"),
+    "heun-churn": Heun(4, churn=1.0, churn_max=2.0),
+    "heun-midpoint": Heun(4, midpoint=0.5),
+    "dpm2": DPM2(4),
+    "dpm2-churn": DPM2(4, churn=1.0),
+    "2m": DPMSolverMultistep(5),
+    "2m-sde": DPMSolverMultistep(5, eta=1.0),
+    "2m-sde-heun": DPMSolverMultistep(5, eta=0.5, correction="heun", precision="float64"),
+    "3m": DPMSolverMultistep(6, order=3),
+    "3m-sde": DPMSolverMultistep(6, order=3, eta=1.0),
+    "2s-ancestral": DPMSolver2S(4),
+    "2s": DPMSolver2S(4, eta=0.5, precision="float64"),
+    "rk-euler": RungeKutta(4, method="euler"),
+    "rk-heun": RungeKutta(4, schedule=Linear(end=0.1), last="full"),
+    "rk-4": RungeKutta(3, method="rk4", precision="float64"),
+    "rk-dopri5": RungeKutta(3, method="dopri5"),
 }
 COUNT = 4
 
 
-@pytest.fixture(params=[LinearFlow(), DiscreteVP()], ids=["flow", "vp"])
+@pytest.fixture(params=[LinearFlow(), DiscreteVP(), VarianceExploding()], ids=["flow", "vp", "ve"])
 def model(request: pytest.FixtureRequest, rational: Any) -> Any:
     return rational(request.param)
 
@@ -183,9 +204,12 @@ def test_start_noise_comes_from_the_seed_or_from_the_caller(
     seeds = torch.tensor([5, 6])
     own = sampler.start(model, Conditioning(), seeds)
     assert own.x.dtype == (torch.float64 if sampler.precision == "float64" else torch.float32)
-    sigma = float(model.process.level(model.process.t_max).sigma)
-    given = sampler.start(model, Conditioning(), seeds, noise=own.x / sigma)
+    # churn is part of the start, which is then wider than sigma(t_max)
+    wide = sampler.start(model, Conditioning(), seeds, noise=torch.ones(2, 2, 3)).x[0, 0, 0]
+    given = sampler.start(model, Conditioning(), seeds, noise=own.x / wide)
     torch.testing.assert_close(given.x, own.x)
+    if "churn" not in vars(sampler):
+        assert float(wide) == pytest.approx(float(model.process.level(1.0).sigma))
     assert not torch.equal(own.x[0], own.x[1])
     with pytest.raises(ValueError, match="2 seeds were given with 0 conditions and 3 noises"):
         sampler.start(model, Conditioning(), seeds, noise=torch.zeros(3, 2, 3))
