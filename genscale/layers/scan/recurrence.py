@@ -90,16 +90,24 @@ def recur_in_lanes(
     return y[:length], state
 
 
+class _Rows:
+    """A buffer of T steps with a view of every step, made once for all chunks."""
+
+    def __init__(self, like: Tensor, steps: int) -> None:
+        self.all = like.new_empty(steps, *like.shape)
+        self.each = self.all.unbind(0)
+
+
 def _fill_states(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, decay: Tensor, states: Tensor
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, decay: _Rows, states: _Rows
 ) -> None:
     """Write the T steps of a chunk into ``decay`` (T rows) and ``states`` (T + 1, first given)."""
-    torch.mul(delta.unsqueeze(-1), A, out=decay)
-    decay.exp_()
-    torch.mul((delta * u).unsqueeze(-1), B.unsqueeze(-2), out=states[1:])
-    rows = states.unbind(0)
-    for t, a in enumerate(decay.unbind(0)):
-        rows[t + 1].addcmul_(a, rows[t])
+    n = len(u)
+    torch.mul(delta.unsqueeze(-1), A, out=decay.all[:n])
+    decay.all[:n].exp_()
+    torch.mul((delta * u).unsqueeze(-1), B.unsqueeze(-2), out=states.all[1 : n + 1])
+    for t in range(n):
+        states.each[t + 1].addcmul_(decay.each[t], states.each[t])
 
 
 def _contract_state(states: Tensor, vectors: Tensor) -> Tensor:
@@ -127,18 +135,17 @@ def _forward(
     length, chunk = len(u), min(chunk_size, len(u))
     y = torch.empty_like(u)
     kept = initial.new_empty(-(-length // chunk_size), *initial.shape)
-    decay = initial.new_empty(chunk, *initial.shape)
-    states = initial.new_empty(chunk + 1, *initial.shape)
+    decay, states = _Rows(initial, chunk), _Rows(initial, chunk + 1)
     state = initial
     with torch.autocast(u.device.type, enabled=False):
         for i, start in enumerate(range(0, length, chunk_size)):
             part = slice(start, min(start + chunk_size, length))
             n = part.stop - start
             kept[i] = state
-            states[0] = kept[i]
-            _fill_states(u[part], delta[part], A, B[part], decay[:n], states[: n + 1])
-            y[part] = _contract_state(states[1 : n + 1], C[part])
-            state = states[n]
+            states.each[0].copy_(kept[i])
+            _fill_states(u[part], delta[part], A, B[part], decay, states)
+            y[part] = _contract_state(states.all[1 : n + 1], C[part])
+            state = states.each[n]
     return y, state.clone(), kept
 
 
@@ -177,23 +184,21 @@ def _backward(
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
     grad_A = torch.zeros_like(A)
     grad_B, grad_C = B.new_empty(B.shape), C.new_empty(C.shape)
-    shape = kept.shape[1:]
-    decays, adjoints = kept.new_empty(chunk, *shape), kept.new_empty(chunk, *shape)
-    all_states = kept.new_empty(chunk + 1, *shape)
+    decays, adjoints = _Rows(kept[0], chunk), _Rows(kept[0], chunk)
+    all_states = _Rows(kept[0], chunk + 1)
     carry = grad_last
     with torch.autocast(u.device.type, enabled=False):
         for i in reversed(range(len(kept))):
             part = slice(i * chunk_size, min((i + 1) * chunk_size, length))
             n = part.stop - part.start
-            decay, states, adjoint = decays[:n], all_states[: n + 1], adjoints[:n]
+            decay, states, adjoint = decays.all[:n], all_states.all[: n + 1], adjoints.all[:n]
             states[0] = kept[i]
-            _fill_states(u[part], delta[part], A, B[part], decay, states)
+            _fill_states(u[part], delta[part], A, B[part], decays, all_states)
             torch.mul(grad_y[part].unsqueeze(-1), C[part].unsqueeze(-2), out=adjoint)
             adjoint[-1].add_(carry)
-            rows, factors = adjoint.unbind(0), decay.unbind(0)
             for t in range(n - 2, -1, -1):
-                rows[t].addcmul_(factors[t + 1], rows[t + 1])
-            carry = factors[0] * rows[0]
+                adjoints.each[t].addcmul_(decays.each[t + 1], adjoints.each[t + 1])
+            carry = decay[0] * adjoint[0]
             grad_C[part] = _contract_channels(grad_y[part], states[1:])
             grad_B[part] = _contract_channels(delta[part] * u[part], adjoint)
             along_B = _contract_state(adjoint, B[part])
