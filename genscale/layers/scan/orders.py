@@ -39,7 +39,8 @@ def scan_orders(
         Orders ``(4, L)`` int64: the cell (row times width plus column) visited at every step; and
         inverses ``(4, L)``: the step that visits every cell.
     """
-    # the tables outlive this call: they must not be tensors of an inference mode around it
+    # kept longer than any inference mode around this call; torch.compile looks through the cache
+    # and makes the tables part of its graph, which leaves the sides of the grid open
     with torch.inference_mode(False):
         cells = torch.arange(height * width, device=device).view(height, width)
         if kind == "cross":
