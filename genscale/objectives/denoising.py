@@ -68,6 +68,20 @@ class DenoisingObjective(Objective):
         """Return what errors ``(B,)`` are multiplied by before they are squared; None is 1."""
         return None
 
+    def complete_loss(
+        self, result: LossOutput, output: BackboneOutput, clean: Tensor, x: Tensor, time: Tensor
+    ) -> LossOutput:
+        """Add terms beside the error of the prediction; the default has none.
+
+        Args:
+            result: of the prediction.
+            output: of the network.
+            clean: data x_0.
+            x: what it became at ``time``.
+            time: ``(B,)`` process times.
+        """
+        return result
+
     def loss(self, backbone: Backbone, batch: Batch, rng: StepRandom) -> LossOutput:
         """Compute the loss of a batch; see :class:`DenoisingObjective`.
 
@@ -87,7 +101,8 @@ class DenoisingObjective(Objective):
         if velocity_is_reversed(self.target, self.time_input):
             target = -target
         scale = self.error_scale(time, alpha, sigma)
-        return self._compare(backbone, output, target, time, scale)
+        result = self._compare(backbone, output, target, time, scale)
+        return self.complete_loss(result, output, clean, x, time)
 
     def view(self, backbone: Backbone) -> NetworkView:
         """Return the generator view of a trained backbone."""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from genscale.backbones.base import Backbone
 from genscale.conditioning.base import Conditioning
-from genscale.errors import ConfigError
 from genscale.objectives.base import Denoiser, Level, Prediction, on
 from genscale.objectives.conversion import Extras, Target, clean_and_noise, network_input
 from genscale.objectives.schedule import LinearFlow, NoiseProcess
@@ -35,8 +34,6 @@ class NetworkView(Denoiser):
         target: what it predicts.
         time_input: which number it is fed.
         sigma_data: standard deviation of the data, for the target ``edm``.
-        learned_variance: whether the network has twice the channels, the second half saying where
-            the variance lies (:attr:`Prediction.variance`).
     """
 
     def __init__(
@@ -47,7 +44,6 @@ class NetworkView(Denoiser):
         time_input: TimeInput,
         *,
         sigma_data: float = 0.5,
-        learned_variance: bool = False,
     ) -> None:
         parameter = next(backbone.parameters())
         self.backbone = backbone
@@ -55,7 +51,6 @@ class NetworkView(Denoiser):
         self.target = target
         self.time_input = time_input
         self.sigma_data = sigma_data
-        self.learned_variance = learned_variance
         self.sample_shape = backbone.sample_shape
         self.device = parameter.device
         self.dtype = parameter.dtype
@@ -87,9 +82,8 @@ class NetworkView(Denoiser):
         dtype = torch.float32 if autocast else self.dtype
         fed = network_input(self.target, x, alpha, sigma, extras).to(dtype)
         output = self.backbone(fed, time.to(x.device, non_blocking=True), cond, memory)
-        prediction, variance = split_output(
-            output.sample.to(x.dtype), x.shape[1], self.learned_variance
-        )
+        prediction, variance = output.sample.to(x.dtype), output.aux.get("variance")
+        variance = None if variance is None else variance.to(x.dtype)
         if velocity_is_reversed(self.target, self.time_input):
             prediction = -prediction
         clean, noise = clean_and_noise(self.target, prediction, x, alpha, sigma, extras)
@@ -118,24 +112,6 @@ def extras_of(
         return Extras(None, sigma_data)
     alpha_rate, sigma_rate = process.rates(time)
     return Extras((on(alpha_rate, like), on(sigma_rate, like)), sigma_data)
-
-
-def split_output(
-    sample: Tensor, channels: int, learned_variance: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Split what a network returns into its prediction and, where it learns one, its variance.
-
-    Raises:
-        ConfigError: a number of channels that does not fit.
-    """
-    expected = 2 * channels if learned_variance else channels
-    if sample.shape[1] != expected:
-        raise ConfigError(
-            f"The network returns {sample.shape[1]} channels for inputs of {channels}, but "
-            f"{expected} were expected with objective.learn_sigma={str(learned_variance).lower()}. "
-            "Let model.learn_sigma and objective.learn_sigma agree."
-        )
-    return (sample[:, :channels], sample[:, channels:]) if learned_variance else (sample, None)
 
 
 def velocity_is_reversed(target: Target, time_input: TimeInput) -> bool:

@@ -48,9 +48,9 @@ class GaussianSampler(GridSampler):
             add nothing to the likelihood of a trajectory.
         """
         mean, std = self.transition(state)
-        spread = std.to(x.device).double().view(len(std), *([1] * (x.dim() - 1)))
-        if std.dim() > 1:
-            spread = std.double()
+        spread = std.to(device=x.device, dtype=torch.float64)
+        if std.dim() == 1:
+            spread = spread.view(-1, *([1] * (x.dim() - 1)))
         random = spread > 0
         safe = torch.where(random, spread, 1.0)
         off = (x.double() - mean.double()) / safe

@@ -14,11 +14,14 @@ from torch import Tensor
 from genscale.conditioning.base import Conditioning
 from genscale.objectives.paths import VarianceExploding
 from genscale.objectives.schedule import DiscreteVP, LinearFlow, NoiseProcess
+from genscale.samplers.ancestral import Ancestral
 from genscale.samplers.base import Sampler, State
+from genscale.samplers.churn import ChurnSampler
 from genscale.samplers.dpm_fast import DPMSolverFast
 from genscale.samplers.grid import GridSampler
 from genscale.samplers.multistep import DPMSolverMultistep
 from genscale.samplers.ode import DPM2, Euler, Heun
+from genscale.samplers.reverse_sde import ReverseSDE, ReverseSDEHeun
 from genscale.samplers.runge_kutta import RungeKutta
 from genscale.samplers.schedules import Linear
 from genscale.samplers.sde import DDIM
@@ -52,6 +55,13 @@ SAMPLERS = {
     "rk-heun": RungeKutta(4, schedule=Linear(end=0.1), last="full"),
     "rk-4": RungeKutta(3, method="rk4", precision="float64"),
     "rk-dopri5": RungeKutta(3, method="dopri5"),
+    "ancestral-upper": Ancestral(5, variance="upper", schedule="linear"),
+    "sde-sigma": ReverseSDE(5),
+    "sde-tweedie": ReverseSDE(5, diffusion="sbdm", norm=0.1, last="tweedie", precision="float64"),
+    "sde-euler": ReverseSDE(4, diffusion="linear", last="euler", last_size=0.1),
+    "sde-grpo": ReverseSDE(5, diffusion="flow_grpo", norm=0.7, last_size=None, shift=3.0),
+    "sde-heun": ReverseSDEHeun(4),
+    "sde-heun-tweedie": ReverseSDEHeun(4, diffusion="increasing_decreasing", last="tweedie"),
 }
 COUNT = 4
 
@@ -208,7 +218,7 @@ def test_start_noise_comes_from_the_seed_or_from_the_caller(
     wide = sampler.start(model, Conditioning(), seeds, noise=torch.ones(2, 2, 3)).x[0, 0, 0]
     given = sampler.start(model, Conditioning(), seeds, noise=own.x / wide)
     torch.testing.assert_close(given.x, own.x)
-    if "churn" not in vars(sampler):
+    if not isinstance(sampler, ChurnSampler | ReverseSDE | ReverseSDEHeun):
         assert float(wide) == pytest.approx(float(model.process.level(1.0).sigma))
     assert not torch.equal(own.x[0], own.x[1])
     with pytest.raises(ValueError, match="2 seeds were given with 0 conditions and 3 noises"):
