@@ -109,6 +109,14 @@ def test_published_sizes(
     assert model.flops() / 2e9 == pytest.approx(gigamacs, rel=0.005)
 
 
+def test_published_sizes_are_fed_the_noise_step() -> None:
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        objective = compose("train", ["model=uvit_h_4"]).objective
+    assert objective._target_.endswith(".DDPM")
+    assert (objective.time_input, objective.betas) == ("index", "sd_scaled_linear")
+
+
 # U-ViT-S/2 and S/2-Deep for captions: 77 tokens of width 768; counts of the official class
 @pytest.mark.parametrize(
     ("depth", "parameters", "gigamacs"), [(13, 44_692_644, 16.2), (17, 58_345_636, 21.2)]
@@ -122,7 +130,7 @@ def test_published_sizes_with_text(depth: int, parameters: int, gigamacs: float)
 def test_the_default_model_is_small() -> None:
     model = on_meta(**published("uvit", 16, 1, 10))
     assert model.sample_shape == (1, 16, 16)
-    assert parameter_count(model) == 844_910  # 0.8 M: no outside reference, pinned here
+    assert parameter_count(model) == 1_063_450  # 1 M: no outside reference, pinned here
 
 
 # the contract
