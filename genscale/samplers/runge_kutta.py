@@ -68,9 +68,9 @@ class RungeKutta(GridSampler):
         steps: N.
         method: ``"euler"``, ``"midpoint"``, ``"heun"``, ``"rk4"`` (the 3/8 rule) or ``"dopri5"``
             (of order 5, six stages).
-        last: what ends at the clean level: ``"full"`` takes the method's own step, which
-            evaluates the network at t = 0 and so asks for one that predicts a velocity;
-            ``"euler"`` takes one Euler step.
+        last: the last step: ``"full"`` takes the method's own, which evaluates the network where
+            the grid ends, and at t = 0 asks for one that predicts a velocity; ``"euler"`` takes
+            one Euler step.
         schedule: see :class:`~genscale.samplers.grid.GridSampler`.
         shift: see there.
         precision: see there.
