@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from genscale.backbones.base import parameter_count
-from genscale.backbones.lamamba import Downsample, LaMamba, LaMambaBlock, Upsample
+from genscale.backbones.lamamba import Downsample, LaMamba, LaMambaBlock, Stage, Upsample
+from genscale.backbones.lamamba_settings import Layout, StageSettings, resolve_layout
 from genscale.conditioning.base import Conditioning
 from genscale.errors import CheckpointError, ConfigError
 from genscale.flops import count_flops
@@ -21,7 +22,13 @@ from genscale.io.converters.lamamba import (
     official_name,
     to_official,
 )
-from genscale.layers.window_attention import WindowAttention, join_windows, split_windows
+from genscale.layers.window_attention import (
+    WindowAttention,
+    join_windows,
+    relative_index,
+    split_windows,
+    window_mask,
+)
 
 TINY: dict[str, Any] = {
     "input_size": 8,
@@ -207,7 +214,8 @@ def test_recomputed_blocks_give_the_same_gradients() -> None:
 def test_diffusers_switches_recomputation_on_everywhere() -> None:
     model = build()
     model.enable_gradient_checkpointing()
-    stages = [*model.encoder, model.middle, *model.decoder]
+    stages = [module for module in model.modules() if isinstance(module, Stage)]
+    assert len(stages) == 9  # four down, the middle, four up
     assert all(stage.gradient_checkpointing for stage in stages)
 
 
@@ -239,6 +247,22 @@ def test_windows_are_cut_and_joined() -> None:
     assert windows.shape == (2, 4, 6, 3)
     assert torch.equal(windows[1, 1], x[1, 0:2, 3:6].flatten(0, 1))
     assert torch.equal(join_windows(windows, (2, 3), 4), x)
+
+
+def test_relative_positions_index_the_table_of_the_largest_window() -> None:
+    cells, index = relative_index(3, 1, 2, torch.device("cpu"))
+    assert cells == 2
+    # (2 w - 1)^2 = 25 rows, the middle one, 12, for no offset; a key to the right comes before it
+    assert index.view(2, 2).tolist() == [[12, 11], [13, 12]]
+
+
+def test_masks_are_made_only_where_cells_must_be_kept_apart() -> None:
+    cpu = torch.device("cpu")
+    assert window_mask((4, 4), (2, 2), (0, 0), cpu) is None
+    mask = window_mask((1, 3), (1, 2), (0, 0), cpu)  # the second window holds one real cell
+    assert mask is not None
+    kept_apart = (mask == -torch.inf).tolist()
+    assert kept_apart == [[[False, False], [False, False]], [[False, True], [True, False]]]
 
 
 def reach(module: WindowAttention, height: int, width: int, row: int, column: int) -> list[str]:
@@ -299,6 +323,16 @@ def test_expanding_orders_cells_row_column_channel() -> None:
     layer.norm = torch.nn.Identity()  # type: ignore[assignment]
     y = layer(torch.ones(1, 1, 1, 4))
     assert y[0].tolist() == [[[0.0, 1.0], [2.0, 3.0]], [[4.0, 5.0], [6.0, 7.0]]]
+
+
+def test_settings_are_resolved_stage_by_stage() -> None:
+    layout = resolve_layout(on_meta(**TINY, patch_size=2).config)
+    assert isinstance(layout, Layout)
+    assert layout.grid == (4, 4)
+    assert layout.decoder_depths == [0, 2, 2, 3]  # one more each, none where there is none
+    assert all(isinstance(stage, StageSettings) for stage in layout.stages)
+    # windows are no larger than the grids of 4, 2, 1 and 1
+    assert [stage.window_size for stage in layout.stages] == [4, 2, 1, 1]
 
 
 # weights

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from genscale.layers.mamba2 import Mamba2
+from genscale.layers.mamba2 import Mamba2, Mamba2State
 from genscale.layers.scan import SCAN_KINDS, permute_rows, scan_orders, selective_scan, ssd
+from genscale.layers.scan.recurrence import recur, recur_in_lanes, recur_reference
 from genscale.layers.ss2d import SS2D, initial_step_bias
 
 CPU = torch.device("cpu")
@@ -410,6 +411,7 @@ def test_mamba2_is_causal_and_its_state_follows_particles() -> None:
     assert not torch.allclose(block(changed)[0][:, 8:], whole[:, 8:])
 
     _, state = block(x[:, :7])
+    assert isinstance(state, Mamba2State)
     index = torch.tensor([2, 0, 0])
     rest, _ = block(x[index, 7:], state.select(index))
     torch.testing.assert_close(rest, whole[index, 7:], rtol=1e-4, atol=1e-5)
@@ -427,3 +429,16 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(settings: dict[str, int]) -> None:
     expected = loss_grads(values, implementation="reference")
     moved = {name: v.detach().cuda().requires_grad_() for name, v in values.items()}
     close([value.cpu() for value in loss_grads(moved, **settings)], expected, 1e-4)
+
+
+def test_the_recurrences_agree_on_their_own_layout() -> None:
+    """Time first, groups apart: what ``selective_scan`` and every other caller stands on."""
+    generator = torch.Generator().manual_seed(3)
+    steps = [torch.rand(9, 2, 2, 3, generator=generator) for _ in range(2)]
+    rates = -torch.rand(2, 3, 4, generator=generator)
+    vectors = [torch.rand(9, 2, 2, 4, generator=generator) for _ in range(2)]
+    values = (*steps, rates, *vectors, torch.rand(2, 2, 3, 4, generator=generator))
+    y, last = recur_reference(*values)
+    for got in (recur(*values, 4), recur_in_lanes(*values, 4, 2)):
+        torch.testing.assert_close(got[0], y)
+        torch.testing.assert_close(got[1], last)
