@@ -18,8 +18,18 @@ THROUGH = {
     "rms_norm": ("upcast",),
     "concat_norm_linear": ("compute_dtype",),
     "AxialRoPE": ("initial_log_frequencies",),
-    "FlowMatching": ("NetworkView", "velocity_is_reversed"),
-    "Euler": ("euler_step",),
+    "FlowMatching": ("NetworkView", "velocity_is_reversed", "network_input", "extras_of"),
+    "Euler": ("euler_step", "Churn"),
+    # held to k-diffusion's and EDM's numbers
+    "Karras": (
+        *("LevelSchedule", "NoiseSchedule", "VPSpaced", "named_schedule", "check_unshifted"),
+    ),
+    "RungeKutta": ("Tableau", "slope_of"),
+    "ReverseSDE": ("Tail",),
+    "DDIM": ("GaussianSampler",),
+    # the guidance of two branches: every subclass has its own tests
+    "ClassifierFree": ("BranchGuidance", "Guided", "GuidedView", "MatchedView", "extrapolate"),
+    "stacked": ("Stacked",),
     "read_signature": ("Signature",),
     "main": ("help_page",),  # --help
     # results, whose fields are read
