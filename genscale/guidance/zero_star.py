@@ -8,8 +8,9 @@ from torch import Tensor
 
 from genscale.errors import ConfigError
 from genscale.guidance.branches import BranchGuidance, Guided, Rows, extrapolate
-from genscale.objectives.base import Prediction, on
+from genscale.objectives.base import Denoiser, Prediction, on
 from genscale.objectives.conversion import Extras, clean_and_noise
+from genscale.objectives.schedule import DiscreteVP
 
 
 class ZeroStar(BranchGuidance):
@@ -43,6 +44,19 @@ class ZeroStar(BranchGuidance):
                 "time, e.g. 0.96, or null for never."
             )
         self.zero_above = None if zero_above is None else float(zero_above)
+
+    def wrap(self, view: Denoiser) -> Denoiser:
+        """Return the guided view.
+
+        Raises:
+            ConfigError: the process is a table of noise steps, along which there is no velocity.
+        """
+        if isinstance(view.process, DiscreteVP):
+            raise ConfigError(
+                "guidance=cfg_zero_star guides the velocity of a flow, but the objective's process "
+                "has separate noise steps. Use guidance=cfg, or a flow objective."
+            )
+        return super().wrap(view)
 
     def combine(self, own: Prediction, other: Prediction, rows: Rows) -> Guided:
         """Return the estimates of the guided velocity."""

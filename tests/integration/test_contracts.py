@@ -16,6 +16,7 @@ from genscale.cli.app import conf_directory
 from genscale.cli.building import instantiate
 from genscale.cli.resolvers import register_resolvers
 from genscale.conditioning.base import Conditioning
+from genscale.errors import ConfigError
 from genscale.guidance.base import Guidance
 from genscale.metrics.features import FeatureNetwork
 from genscale.metrics.suite import EvaluationSuite
@@ -112,6 +113,10 @@ class TestObjectives:
         assert tuple(view.sample_shape) == (1, 8, 8)
 
 
+# samplers whose levels are those of one process, with the objective that has it
+SUITS = {"ancestral": ("ddpm", "sampler.variance=upper"), "edm": ("edm",)}
+
+
 class TestGuidance:
     @pytest.mark.parametrize("option", [o for o in options("guidance") if o != "run"])
     @pytest.mark.parametrize("sampler", [o for o in options("sampler") if o != "run"])
@@ -119,8 +124,14 @@ class TestGuidance:
         self, option: str, sampler: str, backbone: Backbone
     ) -> None:
         guidance: Guidance = build("guidance", option)
-        solver: Sampler = build("sampler", sampler, "sampler.steps=4")
-        view = guidance.wrap(build("objective", "flow").view(backbone))
+        objective, *settings = SUITS.get(sampler, ("flow",))
+        solver: Sampler = build("sampler", sampler, "sampler.steps=4", *settings)
+        unguided = build("objective", objective).view(backbone)
+        if objective == "ddpm" and option == "cfg_zero_star":
+            with pytest.raises(ConfigError, match="guides the velocity of a flow"):
+                guidance.wrap(unguided)
+            return
+        view = guidance.wrap(unguided)
         with torch.no_grad():
             state = solver.run(
                 view, Conditioning(labels=torch.arange(2)), rng.sample_seeds(0, 0, 2)
