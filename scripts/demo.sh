@@ -3,8 +3,9 @@
 #   bash scripts/demo.sh [run folder]        (make demo sets everything up first)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# threads that wait without spinning: a busy neighbour then costs its share, not a factor
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+# threads that wait for each other spin for some microseconds only: a busy neighbour then costs its
+# share, not a factor
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-20000}
 run=${1:-outputs/demo}
 
 if [ -e "$run" ]; then
