@@ -82,7 +82,9 @@ class TestPlace:
 
 
 class TestStart:
-    def test_a_run_is_named_by_model_and_data(self) -> None:
+    def test_a_run_is_named_by_model_and_data(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # an earlier test of the same process may have left Hydra's choices behind
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
         cfg = OmegaConf.create({"model": {"_target_": "a.b.DiMR"}, "data": {"name": "digits"}})
         assert default_name(cfg) == "dimr_digits"
 
