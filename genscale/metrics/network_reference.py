@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from genscale.metrics.frechet import compare_features
 from genscale.metrics.moments import Moments
 from genscale.metrics.novelty import nearest_distances
 from genscale.metrics.reference import GaussianStatistics, ReferenceFile, require_compatible
+from genscale.metrics.reference_cache import extract_once
 from genscale.metrics.subsets import keyed_rows
 
 SPATIAL = "spatial"  # the tap of sFID
@@ -75,6 +77,7 @@ def reference_from_images(
     *,
     spatial: bool = False,
     batch_size: int = 256,
+    cache: Path | None = None,
 ) -> NetworkReference:
     """Describe real pictures.
 
@@ -84,12 +87,18 @@ def reference_from_images(
         heldout: uint8 ``(m, C, H, W)`` further real pictures, or None.
         spatial: describe the spatial features of sFID too.
         batch_size: pictures a pass.
+        cache: folder of :func:`~genscale.metrics.reference_cache.extract_once`; None computes
+            features anew.
     """
+
+    def look_at(pictures: Tensor, taps: tuple[str, ...]) -> dict[str, Tensor]:
+        if cache is None:
+            return extract(network, pictures, taps, batch_size=batch_size)
+        return extract_once(network, pictures, taps, batch_size=batch_size, folder=cache)
+
     taps = (network.tap, SPATIAL) if spatial else (network.tap,)
-    features = extract(network, images, taps, batch_size=batch_size)
-    outside = None
-    if heldout is not None:
-        outside = extract(network, heldout, (network.tap,), batch_size=batch_size)[network.tap]
+    features = look_at(images, taps)
+    outside = None if heldout is None else look_at(heldout, (network.tap,))[network.tap]
     return NetworkReference(
         {tap: GaussianStatistics.of(Moments.of(features[tap])) for tap in taps},
         features=features[network.tap],

@@ -26,6 +26,7 @@ from genscale.metrics.network_reference import (
 from genscale.metrics.pixels import Pixels
 from genscale.metrics.protocol import EvalProtocol, MetricValue
 from genscale.metrics.reference import read_reference
+from genscale.metrics.reference_cache import cache_folder
 
 _LABELS = ""  # the holder of measures of labels, in place of a network's name
 
@@ -58,6 +59,8 @@ class EvaluationSuite:
         allow_mismatch: fields (``extractor``, ``extractor_sha256``, ``mode``) in which a statistics
             file may differ from the feature network.
         batch_size: reference pictures a pass.
+        cache_reference: keep the features of reference pictures on disk, of networks whose
+            weights are given; see :mod:`genscale.metrics.reference_cache`.
         seed: key of all subsets.
 
     Attributes:
@@ -85,6 +88,7 @@ class EvaluationSuite:
         keep_features: bool = True,
         allow_mismatch: Sequence[str] = (),
         batch_size: int = 256,
+        cache_reference: bool = False,
         seed: int = 0,
     ) -> None:
         self.metrics = tuple(metrics)
@@ -92,6 +96,7 @@ class EvaluationSuite:
         self.num_samples = num_samples
         self.allow_mismatch = tuple(allow_mismatch)
         self.batch_size = batch_size
+        self.cache_reference = cache_reference
         self.skipped: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self.protocols: dict[str, EvalProtocol] = {}
@@ -188,12 +193,16 @@ class EvaluationSuite:
         self._reasons = {}
         for metric in self._by_features:
             if self._fit(metric, train_images, train_labels, fingerprint):
+                # pixels are read faster than features, and probes differ with the data
+                slow = any(True for _ in metric.network.parameters())
+                cached = self.cache_reference and slow and not metric.network.learns_from_labels
                 metric.reference = reference_from_images(
                     metric.network,
                     train_images,
                     heldout_images,
                     spatial=_reads_spatial(metric),
                     batch_size=self.batch_size,
+                    cache=cache_folder() if cached else None,
                 )
         self._fit_judge(train_images, train_labels, heldout_images, heldout_labels)
         self._choose_active()
