@@ -34,6 +34,7 @@ class DenoisingObjective(Objective):
             (``aux["pyramid"]``), coarse first; None trains the finest one only; ``"auto"`` asks
             the backbone's ``pyramid_weights`` and means None where it has none.
         sigma_data: standard deviation of the data, for the target ``edm``.
+        ignore_variance: accept networks that predict a variance nobody trains.
 
     Raises:
         ConfigError: an unknown name or an impossible weight.
@@ -47,6 +48,7 @@ class DenoisingObjective(Objective):
         time_input: TimeInput,
         pyramid_weights: PyramidWeights,
         sigma_data: float = 0.5,
+        ignore_variance: bool = False,
     ) -> None:
         _check_choice("target", target, get_args(Target))
         _check_choice("time_input", time_input, get_args(TimeInput))
@@ -54,11 +56,37 @@ class DenoisingObjective(Objective):
         self.target = target
         self.time_input = time_input
         self.sigma_data = float(sigma_data)
+        self.ignore_variance = ignore_variance
         self.pyramid_weights: Literal["auto"] | tuple[float, ...] | None
         if pyramid_weights is None or pyramid_weights == "auto":
             self.pyramid_weights = None if pyramid_weights is None else "auto"
         else:
             self.pyramid_weights = _checked_weights(pyramid_weights)
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether a network's variance is trained too; the default is no."""
+        return False
+
+    def check_variance(self, predicted: bool) -> None:
+        """Refuse a network whose variance nobody trains, or that lacks the one to train.
+
+        Args:
+            predicted: the network predicts a variance (``learn_sigma``).
+
+        Raises:
+            ConfigError: it does not fit this objective.
+        """
+        if predicted and not (self.learns_variance or self.ignore_variance):
+            raise ConfigError(
+                "model.learn_sigma=true gives the network a variance to predict, but the objective "
+                "does not train it. Pass model.learn_sigma=false, or use objective=ddpm_dit."
+            )
+        if self.learns_variance and not predicted:
+            raise ConfigError(
+                "objective.learn_sigma=true needs a network that predicts its variance, but this "
+                "one does not. Pass model.learn_sigma=true, or objective.learn_sigma=false."
+            )
 
     @abstractmethod
     def sample_time(self, u: Tensor) -> Tensor:
@@ -86,7 +114,7 @@ class DenoisingObjective(Objective):
         """Compute the loss of a batch; see :class:`DenoisingObjective`.
 
         Raises:
-            ConfigError: weights that do not fit the backbone's predictions.
+            ConfigError: weights or a variance that do not fit the backbone's predictions.
         """
         clean = batch.clean
         time = self.sample_time(rng.uniform(Purpose.TIME)).to(clean.device, non_blocking=True)
@@ -97,6 +125,7 @@ class DenoisingObjective(Objective):
         extras = extras_of(self.target, self.process, time, clean, self.sigma_data)
         fed = network_input(self.target, x, alpha_x, sigma_x, extras)
         output = backbone(fed, time_input_of(self.time_input, time, alpha, sigma), batch.cond)
+        self.check_variance("variance" in output.aux)
         target = target_of(self.target, clean, noise, alpha_x, sigma_x, extras)
         if velocity_is_reversed(self.target, self.time_input):
             target = -target

@@ -43,6 +43,8 @@ class FlowMatching(DenoisingObjective):
         time_shift: s moves the times drawn to s t / (1 + (s - 1) t); above 1 for large pictures.
         time_input: which number the network is fed (:mod:`genscale.objectives.time_input`); with
             ``"one_minus"`` a velocity is -u, the derivative by the network's own time.
+        ignore_variance: accept networks with ``learn_sigma``, whose variance then stays as it is,
+            as SiT's program does.
         pyramid_weights: see :class:`~genscale.objectives.denoising.DenoisingObjective`.
 
     Raises:
@@ -69,6 +71,7 @@ class FlowMatching(DenoisingObjective):
         time_std: float = 1.0,
         time_shift: float = 1.0,
         time_input: TimeInput = "dimr_linear",
+        ignore_variance: bool = False,
         pyramid_weights: PyramidWeights = "auto",
     ) -> None:
         for name, value, known in (
@@ -92,6 +95,7 @@ class FlowMatching(DenoisingObjective):
             target=target,
             time_input=time_input,
             pyramid_weights=pyramid_weights,
+            ignore_variance=ignore_variance,
         )
         check_law(time_law, time_std, time_shift, path="objective")
         self.path = path

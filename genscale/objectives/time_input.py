@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 TimeInput = Literal[
-    "dimr_linear", "unit", "one_minus", "index", "timestep", "log_snr", "quarter_log_sigma"
+    "dimr_linear",
+    "unit",
+    "one_minus",
+    "index",
+    "timestep",
+    "vp_index",
+    "log_snr",
+    "quarter_log_sigma",
 ]
 
 # DiMR's continuous recipe clamps the log SNR so; it keeps clean data and pure noise finite
@@ -26,6 +33,7 @@ def time_input_of(kind: TimeInput, time: Tensor, alpha: Tensor, sigma: Tensor) -
     | ``one_minus`` | 1 - t | SiT's official weights |
     | ``index`` | 1000 t: the noise step n of DDPM | U-ViT |
     | ``timestep`` | 1000 t - 1: the noise step counted from 0 | DiT |
+    | ``vp_index`` | 999 t | U-ViT in continuous time |
     | ``log_snr`` | log(alpha^2 / sigma^2), in [log 1e-12, log 1e6] | continuous VP recipes |
     | ``quarter_log_sigma`` | log(sigma / alpha) / 4, in the same range | EDM |
 
@@ -48,6 +56,8 @@ def time_input_of(kind: TimeInput, time: Tensor, alpha: Tensor, sigma: Tensor) -
         number = 1000.0 * time
     elif kind == "timestep":
         number = 1000.0 * time - 1.0
+    elif kind == "vp_index":
+        number = 999.0 * time
     else:
         log_snr = 2.0 * (torch.log(alpha) - torch.log(sigma))
         log_snr = log_snr.clamp(*_LOG_SNR_RANGE)

@@ -7,17 +7,19 @@ Cases with the continuous variance-preserving process hold two samplers besides:
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from genscale.backbones.base import BackboneOutput
 from genscale.backbones.uvit import UViT
 from genscale.conditioning.base import NULL_LABEL, Conditioning
 from genscale.io.converters.uvit import config_from_official, from_official, to_official
-from genscale.objectives.base import on
+from genscale.objectives.base import Batch, on
+from genscale.objectives.ddpm import DDPM
 from genscale.objectives.paths import ContinuousVP
 from scripts.parity import Case, Comparison
+from scripts.parity.dit_sampling import GivenDraws
 
 
 def run(case: Case) -> list[Comparison]:
@@ -62,20 +64,27 @@ def _run_model(case: Case) -> list[Comparison]:
 
 
 def _run_process(case: Case) -> list[Comparison]:
-    """Check the continuous process, the noise prediction, and both Euler samplers in time.
+    """Check the objective of continuous time, its view, and both Euler samplers in time.
 
     From t to s < t they take x + (f - g^2 score / 2) (s - t), or x + (f - g^2 score) (s - t) and
     sqrt(t - s) g noise, with f = -beta x / 2, g^2 = beta and score = -eps / sigma. The last step,
     to 0, adds no noise.
     """
     model = _build(case, case.config["model"])
-    process = ContinuousVP()
+    objective = DDPM(betas="continuous", time_input="vp_index")
+    process, view = objective.process, objective.view(model)
+    assert isinstance(process, ContinuousVP)
     inputs = case.group("input")
 
     def noise_of(x: Tensor, time: Tensor) -> Tensor:
         with torch.no_grad():
-            output: BackboneOutput = model(x, 999.0 * time.float(), Conditioning())
-        return output.sample
+            return view(x, process.level(time), Conditioning()).noise
+
+    def loss_of(row: slice) -> Tensor:
+        draws: Any = GivenDraws(inputs["t"][row].double(), inputs["eps"][row])
+        batch = Batch(inputs["x0"][row], Conditioning(), torch.arange(1))
+        with torch.no_grad():
+            return objective.loss(model, batch, draws).per_sample
 
     def sample(noises: Tensor | None) -> Tensor:
         x = inputs["eps"]
@@ -99,7 +108,7 @@ def _run_process(case: Case) -> list[Comparison]:
     found = {
         "xt": noisy,
         "pred": predicted,
-        "loss": (predicted - inputs["eps"]).square().mean((1, 2, 3)),
+        "loss": torch.cat([loss_of(slice(i, i + 1)) for i in range(len(time))]),
         "cum_alpha": alpha**2,
         "snr": (alpha / sigma) ** 2,
         "z_ode": sample(None),

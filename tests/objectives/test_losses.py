@@ -28,8 +28,14 @@ OBJECTIVES = [
     DDPM(),
     DDPM(target="x0", betas="linear"),
     DDPM(target="v", time_input="index"),
+    DDPM(betas="continuous", time_input="vp_index"),
+    DDPM(betas="continuous", target="x0", time_input="log_snr"),
+    DDPM(betas="continuous", target="v", time_input="unit"),
 ]
-IDS = ["flow", "flow-one-minus", "flow-log-snr", "eps", "x0", "v"]
+IDS = [
+    *("flow", "flow-one-minus", "flow-log-snr", "eps", "x0", "v"),
+    *("eps-continuous", "x0-continuous", "v-continuous"),
+]
 
 
 class Network(nn.Module):
@@ -78,6 +84,8 @@ class Oracle(nn.Module):
             "dimr_linear": (t + 4) / 8,
             "one_minus": 1 - t,
             "index": t / 1000,
+            "vp_index": t / 999,
+            "unit": t,
             "log_snr": self.objective.process.time_of(t / 2),
         }[self.objective.time_input]
 
