@@ -6,7 +6,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from genscale.errors import CheckpointError, did_you_mean
+from genscale.io.keys import check_keys, check_shapes, depth_sentence, shapes_of
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Any]:
@@ -93,25 +94,21 @@ def load_strictly(
     Raises:
         CheckpointError: names the counts and the first differing key.
     """
-    own = module.state_dict()
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
-    if missing or unexpected:
-        first = (missing or unexpected)[0]
-        raise CheckpointError(
-            f"{len(missing)} missing, {len(unexpected)} unexpected keys for "
-            f"{type(module).__name__} in {source} (first: {first}). "
-            f"The file belongs to a model of other settings.{' ' + hint if hint else ''}"
-        )
-    wrong = [name for name in own if own[name].shape != state[name].shape]
-    if wrong:
-        name = wrong[0]
-        raise CheckpointError(
-            f"{len(wrong)} tensors in {source} have other shapes than {type(module).__name__} "
-            f"(first: {name} is {tuple(state[name].shape)}, the model expects "
-            f"{tuple(own[name].shape)}).{' ' + hint if hint else ''}"
-        )
+    _check_fit(module, state, source=source, hint=hint)
     module.load_state_dict(state, strict=True)
+
+
+def _check_fit(
+    module: nn.Module, state: Mapping[str, Tensor], *, source: Path | str, hint: str
+) -> None:
+    own, owner = shapes_of(module.state_dict()), type(module).__name__
+
+    def advice() -> str:
+        depth = depth_sentence(state, own)
+        return f"{depth or 'The file belongs to a model of other settings.'} {hint}"
+
+    check_keys(state, own, owner=owner, advice=advice, source=str(source))
+    check_shapes(state, own, owner=owner, advice=hint, source=str(source))
 
 
 def below(state: dict[str, Any], prefix: str) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ def run(case: Case) -> list[Comparison]:
 
     torch.autograd.backward(out.square().mean())
     own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    grads = to_official(own, model)
+    grads = to_official(own, model.config)
     for name, grad in case.group("grad").items():
         tolerance = 2e-3 * grad.abs().max().item()
         results.append(Comparison(f"grad {name}", grads[name], grad, tolerance, 0.0))

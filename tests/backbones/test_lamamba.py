@@ -18,6 +18,7 @@ from genscale.errors import CheckpointError, ConfigError
 from genscale.flops import count_flops
 from genscale.io.converters.lamamba import (
     config_from_official,
+    config_from_state_dict,
     from_official,
     official_name,
     to_official,
@@ -414,7 +415,7 @@ def test_block_classes_name_the_blocks() -> None:
 @pytest.mark.parametrize("name", ["default", "cross scan, four states", "overlapping convolutions"])
 def test_conversion_is_undone_by_its_inverse(name: str) -> None:
     model = build(**VARIANTS[name])
-    official = to_official(model.state_dict(), model)
+    official = to_official(model.state_dict(), model.config)
     assert official["pos_embed"].shape == (1, 8, 8, 8)
     official["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16)  # left out
     back = from_official(official, model)
@@ -422,15 +423,36 @@ def test_conversion_is_undone_by_its_inverse(name: str) -> None:
     assert all(torch.equal(back[key], value) for key, value in model.state_dict().items())
 
 
+def test_a_state_dict_tells_the_settings() -> None:
+    for name, changes in VARIANTS.items():
+        if name == "narrow modulation":
+            continue  # has no official layout
+        model = build(**changes)
+        official = to_official(model.state_dict(), model.config)
+        found = config_from_state_dict(official)
+        if model.config["scan"] == "cross":
+            found["scan"] = "cross"  # leaves no trace
+        with torch.device("meta"):
+            twin: LaMamba = LaMamba(**found)
+        back = from_official(official, twin)
+        assert all(torch.equal(back[key], value) for key, value in model.state_dict().items())
+        twin.load_state_dict(back, assign=True)
+        assert torch.equal(twin.eval()(*batch()).sample, model(*batch()).sample), name
+    with pytest.raises(CheckpointError, match=r"no official LaMamba .*'patch_embed.proj.weight'"):
+        config_from_state_dict({"a": torch.zeros(1)})
+
+
 def test_conversion_refuses_other_models() -> None:
     model = build()
-    official = to_official(model.state_dict(), model)
+    official = to_official(model.state_dict(), model.config)
     with pytest.raises(CheckpointError, match=r"0 missing, 1 unexpected keys .*\(first: extra\)"):
         from_official(official | {"extra": torch.zeros(1)}, model)
-    with pytest.raises(CheckpointError, match=r"final_linear.weight has shape \(2, 8\)"):
+    with pytest.raises(
+        CheckpointError, match=r"final_linear.weight is \(2, 8\), expected \(4, 8\)"
+    ):
         from_official(official, build(learn_sigma=True))
     with pytest.raises(CheckpointError, match="1 missing, 0 unexpected"):
-        to_official({k: v for k, v in model.state_dict().items() if k != "head.bias"}, model)
+        to_official({k: v for k, v in model.state_dict().items() if k != "head.bias"}, model.config)
     with pytest.raises(CheckpointError, match="modulation_rank=3"):
         from_official(official, build(modulation_rank=3))
     with pytest.raises(CheckpointError, match="'tail' has no counterpart"):

@@ -235,9 +235,12 @@ def damaged(change: str) -> tuple[dict[str, Tensor], DiMR]:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("missing", "2 missing, 0 unexpected keys for DiMR .first: stages.*num_classes 0, the mod"),
+        ("missing", "2 missing, 0 unexpected keys for DiMR .first: stages.*num_classes 0, the con"),
         ("unexpected", r"0 missing, 1 unexpected keys for DiMR \(first: stages.0.extra\)"),
-        ("deeper", r"looks like depths \[3, 1\], the model has \[5, 1\]. Set model.depths"),
+        (
+            "deeper",
+            r"looks like depths \[3, 1\], the config says \[5, 1\]. Build the model with depths",
+        ),
         ("wider", r"another shape than DiMR's \(first: .*looks like hidden_sizes \[16, 8\]"),
         ("wrapped", "The file does not look like a DiMR. Check its path."),
     ],

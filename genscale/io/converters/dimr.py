@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,16 @@ from torch import Tensor
 
 from genscale.backbones.dimr import DiMR
 from genscale.errors import CheckpointError, ConfigError
+from genscale.io.keys import (
+    check_keys,
+    check_shapes,
+    count_children,
+    on_meta,
+    settings_sentence,
+)
 from genscale.layers.rope import initial_log_frequencies
+
+BACKBONE = DiMR
 
 # (our module, official module), innermost names; applied to every key in both directions
 _MODULES = (
@@ -139,14 +149,14 @@ def _translate(name: str, value: str, table: Mapping[str, str]) -> str:
 
 
 def config_from_state_dict(
-    state: Mapping[str, Tensor], *, num_heads: int = 16, input_size: int | None = None
+    state: Mapping[str, Tensor], *, num_heads: int | None = None, input_size: int | None = None
 ) -> dict[str, Any]:
     """Read DiMR's settings off an official state dict, as far as shapes tell them.
 
     Args:
         state: official keys; tensors may be on the meta device.
         num_heads: attention heads, which no shape tells apart (rotary positions do, and then
-            win); the default is that of the released models.
+            win); the default is that of the released models, 16.
         input_size: side of the trained input; needed only where no branch has a position table.
 
     Returns:
@@ -157,14 +167,14 @@ def config_from_state_dict(
     Raises:
         CheckpointError: the state dict is none of DiMR.
     """
-    count = _count(state, "stages")
+    count = count_children(state, "stages")
     if count == 0 or "stages.0.input_layer.1.weight" not in state:
         first = next(iter(state), "none")
         raise CheckpointError(
             f"This is no official DiMR state dict: keys must begin with 'stages.0.', the first is "
             f"'{first}'. Give the bare state dict, not a folder or wrapper around it."
         )
-    branches = [_read_branch(state, f"stages.{r}.", num_heads) for r in range(count)]
+    branches = [_read_branch(state, f"stages.{r}.", num_heads or 16) for r in range(count)]
     downsamples = [branches[-1]["patch_sizes"]]
     for branch in reversed(branches[1:]):
         downsamples.insert(0, downsamples[0] * branch.pop("ratio"))
@@ -197,12 +207,6 @@ def config_from_state_dict(
     return settings
 
 
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """Count the children ``prefix.0``, ``prefix.1``, ... of a module list."""
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return len({match[1] for key in state if (match := pattern.match(key))})
-
-
 def _read_branch(state: Mapping[str, Tensor], prefix: str, num_heads: int) -> dict[str, Any]:
     """Read one branch's settings, with its ``cells`` and upsampling ``ratio`` where known."""
     patch = state[prefix + "input_layer.1.weight"]
@@ -212,7 +216,7 @@ def _read_branch(state: Mapping[str, Tensor], prefix: str, num_heads: int) -> di
     kernel = state.get(prefix + "upsample.1.kernel.weight")
     return {
         "hidden_sizes": len(patch),
-        "depths": _count(state, prefix + "blocks"),
+        "depths": count_children(state, prefix + "blocks"),
         "patch_sizes": patch.shape[-1],
         "block_types": "transformer" if convolution is None else "convnext",
         "num_heads": num_heads if frequencies is None else len(frequencies),
@@ -274,21 +278,11 @@ def from_official(state: Mapping[str, Tensor], model: DiMR) -> dict[str, Tensor]
         CheckpointError: keys are missing or left over, or shapes differ.
     """
     pieces = list(_pieces(model))
-    wanted = {piece.official for piece in pieces}
-    missing = [piece.official for piece in pieces if piece.official not in state]
-    unexpected = [key for key in state if key not in wanted and not _UNUSED.fullmatch(key)]
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{len(missing)} missing, {len(unexpected)} unexpected keys for DiMR (first: "
-            f"{(missing + unexpected)[0]}). {_difference(state, model)}"
-        )
-    wrong = [piece for piece in pieces if tuple(state[piece.official].shape) != piece.shape]
-    if wrong:
-        raise CheckpointError(
-            f"{len(wrong)} tensors have another shape than DiMR's (first: {wrong[0].official} is "
-            f"{tuple(state[wrong[0].official].shape)}, expected {wrong[0].shape}). "
-            f"{_difference(state, model)}"
-        )
+    shapes = {piece.official: piece.shape for piece in pieces}
+    read = partial(config_from_state_dict, state)
+    advice = partial(settings_sentence, read, model.config, family="DiMR")
+    check_keys(state, shapes, owner="DiMR", advice=advice, ignored=_UNUSED)
+    check_shapes(state, shapes, owner="DiMR", advice=advice)
     parts: dict[str, list[Tensor]] = {}
     for piece in pieces:
         parts.setdefault(piece.ours, []).append(state[piece.official])
@@ -296,25 +290,6 @@ def from_official(state: Mapping[str, Tensor], model: DiMR) -> dict[str, Tensor]
         name: values[0].clone() if len(values) == 1 else torch.cat(values)
         for name, values in parts.items()
     }
-
-
-def _difference(state: Mapping[str, Tensor], model: DiMR) -> str:
-    """Say in a sentence how the file's settings differ from the model's, and what to do."""
-    try:
-        found = config_from_state_dict(state)
-    except (CheckpointError, KeyError):
-        return "The file does not look like a DiMR. Check its path."
-    own = {name: model.config[name] for name in found}
-    for name in ("block_types", "mlp_sizes", "image_ratios", "kernel_sizes", "head_kernel_sizes"):
-        found.pop(name), own.pop(name)
-    found.pop("num_heads")
-    for name, value in found.items():
-        if own[name] != value:
-            return (
-                f"The file looks like {name} {value}, the model has {own[name]}. "
-                f"Set model.{name} to the former."
-            )
-    return "Build the model from config_from_state_dict(state)."
 
 
 def to_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -331,15 +306,9 @@ def to_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[
     Raises:
         CheckpointError: keys are missing or left over.
     """
-    with torch.device("meta"):
-        model = DiMR(**{name: value for name, value in config.items() if name[0] != "_"})
-    own = set(model.state_dict())
-    missing, unexpected = sorted(own - set(state)), sorted(set(state) - own)
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{len(missing)} missing, {len(unexpected)} unexpected keys for DiMR (first: "
-            f"{(missing + unexpected)[0]}). Give the state dict of a model with this config."
-        )
+    model: DiMR = on_meta(DiMR, config)
+    advice = "Give the state dict of a model with this config."
+    check_keys(state, model.state_dict(), owner="DiMR", advice=advice)
     result = {piece.official: state[piece.ours][piece.rows].clone() for piece in _pieces(model)}
     for r, branch in enumerate(model.stages):
         if branch.axial_rope:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,17 @@ from torch import Tensor
 
 from genscale.backbones.dit import DiT
 from genscale.errors import CheckpointError, ConfigError
+from genscale.io.keys import (
+    check_keys,
+    check_shapes,
+    count_children,
+    on_meta,
+    settings_sentence,
+    shapes_of,
+)
 from genscale.layers.embed import grid_places, sincos_positions
+
+BACKBONE = DiT
 
 # (ours, official), whole names of modules; blocks are numbered alike
 _MODULES = (
@@ -42,6 +53,7 @@ _IN_BLOCKS = (
     ("modulation", "adaLN_modulation.1"),
 )
 _POSITIONS = "pos_embed"
+_OWN = "Give the state dict of a model with this config."
 _MODEL_KEYS = {
     "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio",
     "class_dropout_prob", "num_classes", "learn_sigma",
@@ -85,7 +97,7 @@ def config_from_official(config: Mapping[str, Any], *, parity: bool = False) -> 
 
 
 def config_from_state_dict(
-    state: Mapping[str, Tensor], *, num_heads: int | None = None
+    state: Mapping[str, Tensor], *, num_heads: int | None = None, input_size: int | None = None
 ) -> dict[str, Any]:
     """Read DiT's settings off an official state dict, as far as shapes tell them.
 
@@ -93,6 +105,7 @@ def config_from_state_dict(
         state: official keys; tensors may be on the meta device.
         num_heads: attention heads, which no shape tells; default: as in the published models,
             64 channels a head, or 16 heads where the width is 1152.
+        input_size: side of the trained input; default: what the position table tells.
 
     Returns:
         Keyword arguments of :class:`~genscale.backbones.dit.DiT`, for square inputs.
@@ -111,12 +124,12 @@ def config_from_state_dict(
     patch, labels = state[needed[0]], state.get("y_embedder.embedding_table.weight")
     width, channels, side = patch.shape[:3]
     return {
-        "input_size": math.isqrt(state[_POSITIONS].shape[1]) * side,
+        "input_size": input_size or math.isqrt(state[_POSITIONS].shape[1]) * side,
         "in_channels": channels,
         "num_classes": 0 if labels is None else len(labels) - 1,
         "patch_size": side,
         "hidden_size": width,
-        "depth": len({m[1] for key in state if (m := re.match(r"blocks\.(\d+)\.", key))}),
+        "depth": count_children(state, "blocks"),
         "num_heads": num_heads or (16 if width == 1152 else max(1, width // 64)),
         "mlp_ratio": len(state["blocks.0.mlp.fc1.bias"]) / width,
         "learn_sigma": len(state[needed[1]]) == 2 * channels * side**2,
@@ -139,10 +152,13 @@ def from_official(state: Mapping[str, Tensor], model: DiT) -> dict[str, Tensor]:
     """
     _check_softmax(model)
     names = {_official_name(name): name for name in model.state_dict()}
-    _check_keys(state, [*names, _POSITIONS], "DiT")
-    table = position_table(model.config)
     own = {official: model.state_dict()[name] for official, name in names.items()}
-    _check_shapes(state, {**own, _POSITIONS: table}, "DiT")
+    table = position_table(model.config)
+    shapes = shapes_of({**own, _POSITIONS: table})
+    read = partial(config_from_state_dict, state)
+    advice = partial(settings_sentence, read, model.config, family="DiT")
+    check_keys(state, shapes, owner="DiT", advice=advice)
+    check_shapes(state, shapes, owner="DiT", advice=advice)
     _check_positions(state[_POSITIONS], table)
     return {name: state[official].clone() for official, name in names.items()}
 
@@ -161,7 +177,7 @@ def to_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[
         CheckpointError: keys are missing or left over.
     """
     model = _on_meta(config)
-    _check_keys(state, list(model.state_dict()), "DiT")
+    check_keys(state, model.state_dict(), owner="DiT", advice=_OWN)
     reference = next(iter(state.values()))
     official = {_official_name(name): tensor.clone() for name, tensor in state.items()}
     return {**official, _POSITIONS: position_table(model.config).to(reference)}
@@ -229,9 +245,9 @@ def from_diffusers(state: Mapping[str, Tensor], model: DiT) -> dict[str, Tensor]
     pieces = {name: list(_diffusers_pieces(name, tensor, model)) for name, tensor in own.items()}
     wanted = {theirs: shape for parts in pieces.values() for theirs, shape in parts}
     given = {name: tensor for name, tensor in state.items() if name != "pos_embed.pos_embed"}
-    _check_keys(given, list(wanted), "diffusers' DiT")
-    templates = {name: torch.empty(shape, device="meta") for name, shape in wanted.items()}
-    _check_shapes(given, templates, "diffusers' DiT")
+    advice = "Build the model from config_from_diffusers(config), the file's own config."
+    check_keys(given, wanted, owner="diffusers' DiT", advice=advice)
+    check_shapes(given, wanted, owner="diffusers' DiT", advice=advice)
     result: dict[str, Tensor] = {}
     for name, parts in pieces.items():
         tensors = [given[theirs] for theirs, _ in parts]
@@ -259,7 +275,7 @@ def to_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict
     """
     diffusers_config(config)
     model = _on_meta(config)
-    _check_keys(state, list(model.state_dict()), "DiT")
+    check_keys(state, model.state_dict(), owner="DiT", advice=_OWN)
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
         parts = list(_diffusers_pieces(name, tensor, model))
@@ -327,8 +343,7 @@ def _diffusers_pieces(
 
 
 def _on_meta(config: Mapping[str, Any]) -> DiT:
-    with torch.device("meta"):
-        model: DiT = DiT(**{name: value for name, value in config.items() if name[0] != "_"})
+    model: DiT = on_meta(DiT, config)
     _check_softmax(model)
     return model
 
@@ -338,28 +353,6 @@ def _check_softmax(model: DiT) -> None:
         raise ConfigError(
             "The official layout holds softmax attention only, but the model has attention="
             f"{model.config['attention']}. Save it with save_pretrained instead."
-        )
-
-
-def _check_keys(given: Mapping[str, Tensor], wanted: list[str], owner: str) -> None:
-    known = set(wanted)
-    missing = [name for name in wanted if name not in given]
-    unexpected = [name for name in given if name not in known]
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{len(missing)} missing, {len(unexpected)} unexpected keys for {owner} (first: "
-            f"{(missing + unexpected)[0]}). Build the model with the settings of the file, "
-            "which config_from_state_dict reads off an official one."
-        )
-
-
-def _check_shapes(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], owner: str) -> None:
-    wrong = [name for name, tensor in wanted.items() if given[name].shape != tensor.shape]
-    if wrong:
-        raise CheckpointError(
-            f"{len(wrong)} tensors have another shape than those of {owner} (first: {wrong[0]} is "
-            f"{tuple(given[wrong[0]].shape)}, expected {tuple(wanted[wrong[0]].shape)}). "
-            "Build the model with the settings of the file."
         )
 
 

@@ -9,14 +9,19 @@ is not strict.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from genscale.backbones.lamamba import LaMamba
 from genscale.errors import CheckpointError, ConfigError
+from genscale.io.keys import check_keys, check_shapes, count_children, on_meta, settings_sentence
+
+BACKBONE = LaMamba
 
 # (pattern of our key, official key); the first that matches is applied, then the block's table
 _OUTER = (
@@ -76,11 +81,12 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def config_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
+def config_from_official(config: Mapping[str, Any], *, parity: bool = False) -> dict[str, Any]:
     """Translate the official constructor's settings into LaMamba's.
 
     Args:
         config: ``dims``, ``depths``, ``in_resolution`` (the grid, not the input), ...
+        parity: changes nothing: the official program takes inputs of the trained size only.
 
     Returns:
         Keyword arguments of :class:`~genscale.backbones.lamamba.LaMamba`.
@@ -136,6 +142,86 @@ def config_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def config_from_state_dict(
+    state: Mapping[str, Tensor], *, num_heads: int | None = None, input_size: int | None = None
+) -> dict[str, Any]:
+    """Read LaMamba's settings off an official state dict, as far as shapes tell them.
+
+    Args:
+        state: official keys; tensors may be on the meta device.
+        num_heads: heads of stages without blocks; those of the others are told by their tables.
+        input_size: side of the trained input; default: what the position table tells.
+
+    Returns:
+        Keyword arguments of :class:`~genscale.backbones.lamamba.LaMamba`, for the continuous
+        scan: the order of the scan leaves no trace.
+
+    Raises:
+        CheckpointError: the state dict is none of LaMamba.
+    """
+    needed = ("patch_embed.proj.weight", "pos_embed", "final_linear.weight")
+    missing = [name for name in needed if name not in state]
+    lists = ["layers.0", "layers.1", "layers.2", "layers.3", "mid_layer"]
+    lists += [f"layers_up.{i}" for i in range(4)]
+    depths = [count_children(state, f"{name}.blocks") for name in lists]
+    if missing or not any(depths):
+        raise CheckpointError(
+            f"This is no official LaMamba state dict: '{(missing or ['layers.0.blocks.0'])[0]}' is "
+            f"missing, the first key is '{next(iter(state), 'none')}'. Give the bare state dict, "
+            "for example that below the key 'ema' of a training file."
+        )
+    width, channels, patch = state[needed[0]].shape[:3]
+    first = f"{next(name for name, depth in zip(lists, depths, strict=True) if depth)}.blocks.0."
+    block = {name.removeprefix(first): t for name, t in state.items() if name.startswith(first)}
+    convolution = state.get("layers.0.downsample.1.weight")
+    heads, window_size = _read_attention(state, lists, num_heads)
+    return {
+        "input_size": input_size or state["pos_embed"].shape[1] * patch,
+        "in_channels": channels,
+        "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
+        "patch_size": patch,
+        "hidden_sizes": [width, 2 * width, 4 * width, 4 * width],
+        "depths": depths[:4],
+        "bottleneck_depth": depths[4],
+        "decoder_depths": depths[5:],
+        "num_heads": heads,
+        **_read_scan(block),
+        "conv_bias": "op.conv2d.bias" in block,
+        "mlp_ratio": len(block["mlp.fc1.weight"]) / block["mlp.fc1.weight"].shape[1],
+        "downsample": "merge" if convolution is None else f"conv{convolution.shape[-1]}",
+        "patch_norm": "patch_embed.norm.weight" in state,
+        "learn_sigma": len(state[needed[2]]) == 2 * channels,
+        "window_size": window_size,
+    }
+
+
+def _read_attention(
+    state: Mapping[str, Tensor], lists: list[str], num_heads: int | None
+) -> tuple[list[int], int]:
+    """Read heads of every level, and the window of the largest grid, off the bias tables."""
+    names = {name: f"{name}.blocks.0.{_BLOCK['attention.bias_table']}" for name in lists}
+    tables = {name: state[key] for name, key in names.items() if key in state}
+    # on one level: an encoder stage, the decoder stage that mirrors it, and the middle
+    levels = [[f"layers.{i}", f"layers_up.{3 - i}"] for i in range(4)]
+    levels[3].append("mid_layer")
+    found = [[tables[name].shape[1] for name in level if name in tables] for level in levels]
+    other = num_heads or next(heads[0] for heads in found if heads)
+    windows = [(math.isqrt(len(table)) + 1) // 2 for table in tables.values()]
+    return [heads[0] if heads else other for heads in found], max(windows)
+
+
+def _read_scan(block: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Read the settings of the scan off the parameters of one block."""
+    inner, width = block["op.in_proj.weight"].shape
+    rank = block["op.dt_projs_weight"].shape[2]
+    return {
+        "state_size": block["op.A_logs"].shape[1],
+        "expansion": inner / 2 / width,
+        "step_rank": None if rank == math.ceil(width / 16) else rank,
+        "kernel_size": block["op.conv2d.weight"].shape[-1],
+    }
+
+
 def official_name(name: str, *, strided: bool = False) -> str:
     """Return the official name of one of our tensors.
 
@@ -179,36 +265,24 @@ def from_official(state: Mapping[str, Tensor], model: LaMamba) -> dict[str, Tens
     Raises:
         CheckpointError: keys are missing or left over, or shapes differ.
     """
-    names = _names(model)
-    missing = [official for official in names.values() if official not in state]
-    wanted = set(names.values())
-    unexpected = [key for key in state if key not in wanted and not _DERIVED.fullmatch(key)]
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{len(missing)} missing, {len(unexpected)} unexpected keys for LaMamba (first: "
-            f"{(missing + unexpected)[0]}). Build the model from the settings in the checkpoint, "
-            "with config_from_official."
-        )
-    result: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        found = state[names[name]]
-        if name == "position.table":
-            found = found.flatten(0, -2)  # (1, H, W, D) there
-        if found.shape != tensor.shape:
-            raise CheckpointError(
-                f"{names[name]} has shape {tuple(state[names[name]].shape)} but LaMamba's {name} "
-                f"{tuple(tensor.shape)}. Build the model with the settings of the checkpoint."
-            )
-        result[name] = found.clone()
-    return result
+    names, own = _names(model), model.state_dict()
+    read = partial(config_from_state_dict, state)
+    advice = partial(settings_sentence, read, model.config, family="LaMamba")
+    check_keys(state, names.values(), owner="LaMamba", advice=advice, ignored=_DERIVED)
+    shapes = {official: tuple(own[name].shape) for name, official in names.items()}
+    shapes["pos_embed"] = (1, *_grid(model), shapes["pos_embed"][-1])
+    check_shapes(state, shapes, owner="LaMamba", advice=advice)
+    return {
+        name: state[official].reshape(own[name].shape).clone() for name, official in names.items()
+    }
 
 
-def to_official(state: Mapping[str, Tensor], model: LaMamba) -> dict[str, Tensor]:
+def to_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Turn our state dict (or gradients by our names) into the official layout.
 
     Args:
         state: our keys.
-        model: a model with the same settings; it may be on the meta device.
+        config: the model's settings, ``model.config`` or the constructor's arguments.
 
     Returns:
         Official keys without masks and indices; the inverse of :func:`from_official`.
@@ -216,14 +290,14 @@ def to_official(state: Mapping[str, Tensor], model: LaMamba) -> dict[str, Tensor
     Raises:
         CheckpointError: keys are missing or left over.
     """
+    model: LaMamba = on_meta(LaMamba, config)
     names = _names(model)
-    missing, unexpected = sorted(set(names) - set(state)), sorted(set(state) - set(names))
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{len(missing)} missing, {len(unexpected)} unexpected keys for LaMamba (first: "
-            f"{(missing + unexpected)[0]}). Give the state dict of a model with these settings."
-        )
+    advice = "Give the state dict of a model with this config."
+    check_keys(state, names, owner="LaMamba", advice=advice)
     result = {official: state[name].clone() for name, official in names.items()}
-    height, width = model.position.height, model.position.width
-    result["pos_embed"] = result["pos_embed"].view(1, height, width, -1)
+    result["pos_embed"] = result["pos_embed"].view(1, *_grid(model), -1)
     return result
+
+
+def _grid(model: LaMamba) -> tuple[int, int]:
+    return model.position.height, model.position.width

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,16 @@ from torch import Tensor
 
 from genscale.backbones.uvit import UViT
 from genscale.errors import CheckpointError, ConfigError
+from genscale.io.keys import (
+    check_keys,
+    check_shapes,
+    count_children,
+    on_meta,
+    settings_sentence,
+    shapes_of,
+)
+
+BACKBONE = UViT
 
 # (ours, official), whole names of modules
 _MODULES = (
@@ -51,12 +62,13 @@ _MODEL_KEYS = {
 _WITHOUT_EFFECT = {"use_checkpoint", "qk_scale"}
 
 
-def config_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
+def config_from_official(config: Mapping[str, Any], *, parity: bool = False) -> dict[str, Any]:
     """Translate the settings of the official constructors (class, text, ScaleLong) into UViT's.
 
     Args:
         config: the official model settings; ``num_classes`` counts the null class. Missing ones
             have the official defaults.
+        parity: changes nothing: the official program takes inputs of the trained size only.
 
     Returns:
         Keyword arguments of :class:`~genscale.backbones.uvit.UViT`.
@@ -98,7 +110,7 @@ def config_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_from_state_dict(
-    state: Mapping[str, Tensor], *, num_heads: int | None = None
+    state: Mapping[str, Tensor], *, num_heads: int | None = None, input_size: int | None = None
 ) -> dict[str, Any]:
     """Read UViT's settings off an official state dict, as far as shapes tell them.
 
@@ -106,6 +118,7 @@ def config_from_state_dict(
         state: official keys; tensors may be on the meta device.
         num_heads: attention heads, which no shape tells; default: as in the published models,
             64 channels a head, or 72 where the width is 1152.
+        input_size: side of the trained input; default: what the position table tells.
 
     Returns:
         Keyword arguments of :class:`~genscale.backbones.uvit.UViT`, for square inputs. Constant
@@ -126,16 +139,15 @@ def config_from_state_dict(
     tokens = state[_POSITIONS].shape[1]
     # with text the number of its tokens is open too: the largest square of patches is taken
     extras = 1 + (0 if labels is None else 1)
-    grid = math.isqrt(tokens - extras)
+    grid = math.isqrt(tokens - extras) if input_size is None else input_size // side
     gate = "gate_shared" if "se.layer1.weight" in state else "gate"
     return {
-        "input_size": grid * side,
+        "input_size": grid * side if input_size is None else input_size,
         "in_channels": channels,
         "num_classes": 0 if labels is None else len(labels) - 1,
         "patch_size": side,
         "hidden_size": width,
-        "depth": 2 * len({m[1] for key in state if (m := re.match(r"in_blocks\.(\d+)\.", key))})
-        + 1,
+        "depth": 2 * count_children(state, "in_blocks") + 1,
         "num_heads": num_heads or (16 if width == 1152 else max(1, width // 64)),
         "mlp_ratio": len(state[needed[1]]) / width,
         "qkv_bias": "mid_block.attn.qkv.bias" in state,
@@ -163,21 +175,11 @@ def from_official(state: Mapping[str, Tensor], model: UViT) -> dict[str, Tensor]
         ConfigError: the model has skips that the official layout cannot hold.
     """
     own = model.state_dict()
-    shapes = {official: tuple(tensor.shape) for official, tensor in _official(own, model).items()}
-    missing = [name for name in shapes if name not in state]
-    unexpected = [name for name in state if name not in shapes]
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{len(missing)} missing, {len(unexpected)} unexpected keys for UViT (first: "
-            f"{(missing + unexpected)[0]}). Build the model from config_from_state_dict(state)."
-        )
-    wrong = [name for name, shape in shapes.items() if tuple(state[name].shape) != shape]
-    if wrong:
-        raise CheckpointError(
-            f"{len(wrong)} tensors have another shape than UViT's (first: {wrong[0]} is "
-            f"{tuple(state[wrong[0]].shape)}, expected {shapes[wrong[0]]}). "
-            "Build the model from config_from_state_dict(state)."
-        )
+    shapes = shapes_of(_official(own, model))
+    read = partial(config_from_state_dict, state)
+    advice = partial(settings_sentence, read, model.config, family="UViT")
+    check_keys(state, shapes, owner="UViT", advice=advice)
+    check_shapes(state, shapes, owner="UViT", advice=advice)
     rows = [len(own[name]) for name in _TABLES]
     tables = dict(zip(_TABLES, torch.split(state[_POSITIONS][0], rows), strict=True))
     return {
@@ -200,15 +202,9 @@ def to_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[
         CheckpointError: keys are missing or left over.
         ConfigError: the model has skips that the official layout cannot hold.
     """
-    with torch.device("meta"):
-        model: UViT = UViT(**{name: value for name, value in config.items() if name[0] != "_"})
-    own = set(model.state_dict())
-    missing, unexpected = sorted(own - set(state)), sorted(set(state) - own)
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{len(missing)} missing, {len(unexpected)} unexpected keys for UViT (first: "
-            f"{(missing + unexpected)[0]}). Give the state dict of a model with this config."
-        )
+    model: UViT = on_meta(UViT, config)
+    advice = "Give the state dict of a model with this config."
+    check_keys(state, model.state_dict(), owner="UViT", advice=advice)
     return _official(state, model)
 
 
