@@ -57,6 +57,25 @@ TINY = (
 )
 
 
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small diffusers AutoencoderKL of random weights: 4 channels, 2 pixels."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            sample_size=16,
+        )
+    folder = tmp_path_factory.mktemp("vae") / "tiny"
+    vae.save_pretrained(folder)
+    return folder
+
+
 class Answer(NamedTuple):
     """What a command answered."""
 

@@ -27,8 +27,8 @@ class Identity(Autoencoder):
         self.latent_channels = latent_channels
         self.downsample = downsample
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Return the images themselves."""
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the images themselves; there is no posterior to draw from."""
         return images
 
     def decode(self, latents: Tensor) -> Tensor:
