@@ -43,6 +43,10 @@ class Backbone(ModelMixin, ConfigMixin):
     block_classes: ClassVar[tuple[str, ...]] = ()
     """Names of the block modules: units of FSDP wrapping, checkpointing, regional compile."""
 
+    cached_modules: ClassVar[tuple[str, ...]] = ()
+    """``"BlockClass.attribute"``: modules whose outputs step caching may reuse. Each runs once a
+    forward and puts out one tensor ``(B, ...)``."""
+
     config_name = "config.json"  # type: ignore[assignment]  # the mixin's placeholder is None
 
     def forward(

@@ -334,6 +334,10 @@ class DiMR(Backbone):
     """
 
     block_classes = ("TransformerBlock", "ConvNeXtBlock")
+    cached_modules = (
+        *("TransformerBlock.attention", "TransformerBlock.mlp"),
+        *("ConvNeXtBlock.conv", "ConvNeXtBlock.mlp"),
+    )
     _supports_gradient_checkpointing = True
 
     @register_to_config

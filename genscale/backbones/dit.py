@@ -140,6 +140,7 @@ class DiT(Backbone):
     """
 
     block_classes = ("DiTBlock",)
+    cached_modules = ("DiTBlock.attention", "DiTBlock.mlp")
     _supports_gradient_checkpointing = True
 
     @register_to_config

@@ -211,6 +211,7 @@ class LaMamba(Backbone):
     """
 
     block_classes = ("LaMambaBlock",)
+    cached_modules = ("LaMambaBlock.scan", "LaMambaBlock.attention", "LaMambaBlock.mlp")
     _supports_gradient_checkpointing = True
 
     @register_to_config

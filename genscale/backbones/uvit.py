@@ -104,6 +104,7 @@ class UViT(Backbone):
     """
 
     block_classes = ("UViTBlock",)
+    cached_modules = ("UViTBlock.attention", "UViTBlock.mlp")
     _supports_gradient_checkpointing = True
 
     @register_to_config

@@ -175,7 +175,7 @@ class GuidedView(Denoiser):
         own, other = self._both(x, level, cond, memory, guided)
         other_memory = other.memory
         if len(guided) < len(x):
-            other_memory = put_rows(memory["null"], guided, other.memory)
+            other_memory = put_rows(memory["null"], guided, other.memory, len(x))
         index = guided.to(x.device, non_blocking=True)
         scale = self.guidance.scale_at(level, self.process)
         rows = Rows(

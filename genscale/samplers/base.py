@@ -102,6 +102,7 @@ class State:
                 "Join states that were started with the same model."
             )
         done = not evaluated.pop()
+        counts = [len(state) for state in states]
         return State(
             x=torch.cat([state.x for state in states]),
             cond=Conditioning.cat([state.cond for state in states]),
@@ -113,8 +114,8 @@ class State:
             clean=torch.cat([s.clean for s in states if s.clean is not None]) if done else None,
             noise=torch.cat([s.noise for s in states if s.noise is not None]) if done else None,
             history=cat_tensors([state.history for state in states]),
-            memory=cat_tensors([state.memory for state in states]),
-            pending=cat_tensors([state.pending for state in states]),
+            memory=cat_tensors([state.memory for state in states], counts),
+            pending=cat_tensors([state.pending for state in states], counts),
             process=states[0].process,
             variance=cat_tensors([state.variance for state in states]),
         )
@@ -129,9 +130,13 @@ class State:
             *("x", "step", "lineage", "nfe", "clean", "noise", "variance"),
             *("history", "memory", "pending"),
         )
+        count = len(self)
         return replace(
             self,
-            **{name: put_rows(getattr(self, name), index, getattr(part, name)) for name in fields},
+            **{
+                name: put_rows(getattr(self, name), index, getattr(part, name), count)
+                for name in fields
+            },
         )
 
     def replace(self, **changes: Any) -> State:

@@ -13,7 +13,7 @@ from genscale import rng
 from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError, did_you_mean
 from genscale.objectives.base import Denoiser, Level, on
-from genscale.objectives.memory import put_rows
+from genscale.objectives.memory import forget_rows, put_rows
 from genscale.objectives.schedule import NoiseProcess
 from genscale.rng import Purpose
 from genscale.samplers.base import Sampler, State
@@ -91,6 +91,11 @@ class GridSampler(Sampler):
     def grid(self, process: NoiseProcess) -> Level:
         """Return all levels of the grid, from most noise to clean."""
         return level_grid(process, self.schedule, self.intervals)
+
+    def last_level(self, process: NoiseProcess) -> Level:
+        """Return the level ``(1,)`` at which the last step begins."""
+        step = torch.tensor([self.num_steps - 1], device="cpu")
+        return self.grid(process).select(self._place(step))
 
     def start(
         self,
@@ -172,13 +177,14 @@ class GridSampler(Sampler):
     def forget(self, state: State) -> State:
         """Restart the solver's history: for particles whose x was changed from outside.
 
-        Solvers of several steps then begin again at order 1; others lose nothing. The result is
-        not evaluated.
+        Solvers of several steps then begin again at order 1; others lose nothing. Features of a
+        step cache are dropped. The result is not evaluated.
         """
         return state.replace(
             clean=None,
             noise=None,
             variance=None,
+            memory=forget_rows(state.memory, torch.arange(len(state), device="cpu")),
             pending=None,
             history=self._fresh_history(state.x),
         )
@@ -202,7 +208,8 @@ class GridSampler(Sampler):
 
         q(x_j | x_i) = N((alpha_j / alpha_i) x_i, sigma_j^2 - (alpha_j / alpha_i)^2 sigma_i^2).
         Particles that move get a new lineage, so that neither the steps taken again nor a later
-        return repeat their noise. What the network remembers stays; their solver history restarts.
+        return repeat their noise. What the network remembers stays, but features of a step cache,
+        which belong to another x, are dropped; their solver history restarts.
 
         Args:
             state: evaluated or not; the result is not.
@@ -231,6 +238,7 @@ class GridSampler(Sampler):
         if len(index) > 0:
             rows = state.x[index.to(state.x.device)]
             history = put_rows(history, index, self._fresh_history(rows))
+        memory = forget_rows(state.memory, index) if len(index) > 0 else state.memory
         return state.replace(
             x=on(ratio, state.x) * state.x + std * noise,
             step=target.clone(),
@@ -239,6 +247,7 @@ class GridSampler(Sampler):
             noise=None,
             variance=None,
             history=history,
+            memory=memory,
             pending=None,
         )
 
