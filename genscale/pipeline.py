@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from genscale import rng
 from genscale.assembly import build
 from genscale.autoencoders.base import Autoencoder
+from genscale.autoencoders.offload import OffloadedDecoder
 from genscale.backbones.base import Backbone
 from genscale.conditioning.base import Conditioning
 from genscale.conditioning.labels import LabelLaw, labels_for
@@ -29,10 +31,16 @@ from genscale.errors import CheckpointError, ConfigError
 from genscale.guidance.base import Guidance
 from genscale.io.files import atomic_write
 from genscale.io.images import to_uint8
-from genscale.io.weights import below, check_choice, load_strictly, read_checkpoint
+from genscale.io.weights import (
+    assign_strictly,
+    complete_from,
+    read_checkpoint,
+)
 from genscale.objectives.base import Objective
+from genscale.run_weights import MAIN, Origin, is_exported, read_weights
 from genscale.runs import RunFolder
 from genscale.samplers.base import Sampler
+from genscale.weak_models import WeakModels
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,11 @@ class GenerationPipeline:
         num_classes: classes the model knows; 0 for none.
         class_names: their names, for captions.
         precision: dtype of network and decoder; solver states stay float32.
+
+    Attributes:
+        config: the resolved config it was built from, empty where there is none.
+        origin: where the weights came from, where they were loaded.
+        weak_models: those of autoguidance.
     """
 
     def __init__(
@@ -130,6 +143,10 @@ class GenerationPipeline:
         self.guidance = guidance
         self.num_classes = num_classes
         self.class_names = class_names
+        self.config: dict[str, Any] = {}
+        self.origin: Origin | None = None
+        self.weak_models = WeakModels(GenerationPipeline.load)
+        self._offloaded: OffloadedDecoder | None = None
         self.set_precision(precision)
 
     def set_precision(self, precision: str) -> None:
@@ -146,7 +163,7 @@ class GenerationPipeline:
         run: str | Path,
         *,
         checkpoint: str | int | Path = "latest",
-        weights: Literal["ema", "raw"] = "ema",
+        weights: str = MAIN,
         device: str | torch.device | None = None,
     ) -> GenerationPipeline:
         """Load a run folder.
@@ -154,40 +171,36 @@ class GenerationPipeline:
         Args:
             run: folder, for example ``outputs/latest``.
             checkpoint: ``latest``, a step, or a file.
-            weights: the average, or the raw weights.
+            weights: ``ema``, ``raw``, or another average; see
+                :func:`~genscale.run_weights.read_weights`.
             device: default is CUDA where present.
 
         Raises:
             ConfigError: no run there, or a config that names foreign code.
             CheckpointError: no such checkpoint, damaged, or of another model.
         """
-        check_choice("weights", weights, ("ema", "raw"))
         folder = RunFolder.open(run)
-        path = folder.checkpoint(checkpoint)
-        state = read_checkpoint(path).get("state_dict")
-        if not isinstance(state, dict):
-            raise CheckpointError(
-                f"{path} holds no state_dict: a checkpoint of a genscale run was expected."
-            )
-        pipeline = cls.from_config(folder.config())
-        load_strictly(
-            pipeline.model,
-            below(state, "ema." if weights == "ema" else "model."),
-            source=path,
+        state, origin = read_weights(folder, checkpoint, weights)
+        return cls._loaded(
+            folder.config(),
+            state,
+            origin,
             hint="Use the config.yaml of the run that wrote it.",
+            device=device,
         )
-        return pipeline.to(device)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> GenerationPipeline:
-        """Build an untrained pipeline from a resolved config (plain containers)."""
+    def from_config(
+        cls, config: dict[str, Any], model: Backbone | None = None
+    ) -> GenerationPipeline:
+        """Build a pipeline from a resolved config (plain containers), untrained without a model."""
         data = config.get("data_info") or {}
 
         def part(name: str) -> Any:
             return build(config.get(name), path=name)
 
-        return cls(
-            model=part("model").eval(),
+        pipeline = cls(
+            model=(part("model") if model is None else model).eval(),
             autoencoder=part("autoencoder").eval(),
             objective=part("objective"),
             sampler=part("sampler"),
@@ -195,6 +208,32 @@ class GenerationPipeline:
             num_classes=int(data.get("num_classes") or 0),
             class_names=tuple(data.get("class_names") or ()),
         )
+        pipeline.config = config
+        return pipeline
+
+    @classmethod
+    def load(
+        cls,
+        run: str | Path,
+        *,
+        checkpoint: str | int | Path = "latest",
+        weights: str = MAIN,
+        device: str | torch.device | None = None,
+    ) -> GenerationPipeline:
+        """Load a run folder or an exported one; see :meth:`from_run`, :meth:`from_pretrained`.
+
+        Raises:
+            ConfigError: neither is there, or an exported folder does not hold what is asked for.
+        """
+        if not is_exported(run):
+            return cls.from_run(run, checkpoint=checkpoint, weights=weights, device=device)
+        if (checkpoint, weights) != ("latest", MAIN):
+            raise ConfigError(
+                f"run={run} is an exported folder, which holds the last averaged weights alone, "
+                f"but checkpoint={checkpoint} and weights={weights} were given. Leave them out, or "
+                "give the run it was exported from."
+            )
+        return cls.from_pretrained(run, device)
 
     @classmethod
     def from_pretrained(
@@ -206,10 +245,31 @@ class GenerationPipeline:
             CheckpointError: a file is missing or belongs to another model.
         """
         folder = Path(folder).expanduser()
-        pipeline = cls.from_config(exported_config(folder))
+        config = exported_config(folder)
         weights = folder / "model" / "diffusion_pytorch_model.safetensors"
-        load_strictly(pipeline.model, read_checkpoint(weights), source=weights)
-        return pipeline.to(device)
+        origin = Origin(folder.resolve(), MAIN, None, weights)
+        return cls._loaded(config, read_checkpoint(weights), origin, device=device)
+
+    @classmethod
+    def _loaded(
+        cls,
+        config: dict[str, Any],
+        state: dict[str, Tensor],
+        origin: Origin,
+        *,
+        device: str | torch.device | None,
+        hint: str = "",
+    ) -> GenerationPipeline:
+        """Build a pipeline around weights; the model is never in memory twice."""
+        device = choose_device(device)
+        make = partial(build, config.get("model"), path="model")
+        with torch.device("meta"):
+            model = make()
+        assign_strictly(model, state, device=device, source=origin.file, hint=hint)
+        complete_from(model, make)
+        pipeline = cls.from_config(config, model=model).to(device)
+        pipeline.origin = origin
+        return pipeline
 
     def save_pretrained(self, folder: str | Path, config: dict[str, Any]) -> None:
         """Write ``model/`` in diffusers' layout and ``genscale.json`` with the rest.
@@ -241,8 +301,23 @@ class GenerationPipeline:
         """Move network and autoencoder; None picks CUDA where present."""
         device = choose_device(device)
         self.model.to(device)  # type: ignore[arg-type]
-        self.autoencoder.to(device)
+        if self._offloaded is None:
+            self.autoencoder.to(device)
+            return self
+        return self.offload()
+
+    def offload(self) -> GenerationPipeline:
+        """Keep the autoencoder in the memory of the CPU except while it decodes.
+
+        Raises:
+            ImportError: the package accelerate is not installed.
+        """
+        self._offloaded = OffloadedDecoder(self.autoencoder, self.device)
         return self
+
+    def ready(self, guidance: Guidance) -> Guidance:
+        """Return guidance with the networks that its settings name, on this device."""
+        return self.weak_models.lead(guidance, self)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":
@@ -270,10 +345,11 @@ class GenerationPipeline:
             images ``(B, C, H, W)`` float32 in about [-1, 1], and network evaluations ``(B,)``.
         """
         solver = sampler or self.sampler
-        view = (guidance or self.guidance).wrap(self.objective.view(self.model))
+        guided = self.ready(guidance or self.guidance)
+        view = guided.wrap(self.objective.view(self.model))
         with self._autocast():
             state = solver.run(view, cond.to(self.device), seeds)
-            images = self.autoencoder.decode(solver.finish(state).float())
+            images = (self._offloaded or self.autoencoder).decode(solver.finish(state).float())
         return images.float(), state.nfe
 
     def stream(

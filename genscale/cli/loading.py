@@ -10,7 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from genscale.assembly import build
 from genscale.cli.app import instantiate
 from genscale.errors import ConfigError
+from genscale.guidance.autoguidance import Autoguidance
 from genscale.pipeline import GenerationPipeline, exported_config
+from genscale.run_weights import is_exported
 from genscale.runs import RunFolder, new_folder
 
 
@@ -29,31 +31,32 @@ def inherit(node: DictConfig, own: dict[str, Any]) -> dict[str, Any]:
     return {**own, **changes}
 
 
-def is_exported(run: object) -> bool:
-    """Return whether ``run`` is an exported folder rather than a run."""
-    return (Path(str(run)).expanduser() / "genscale.json").is_file()
-
-
 def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], dict[str, Any]]:
     """Load ``cfg.run`` (a run or an exported folder).
 
     Returns:
-        the pipeline, and the settings of its sampler and guidance as used.
+        the pipeline, and the settings of its sampler and guidance as used; of a weak model also
+        its name, and its operations as a share of the model's: ``nfe`` counts both alike.
     """
-    device = cfg.device
     if is_exported(cfg.run):
         own = exported_config(Path(str(cfg.run)).expanduser())
-        pipeline = GenerationPipeline.from_pretrained(cfg.run, device)
     else:
         own = RunFolder.open(cfg.run).config()
-        pipeline = GenerationPipeline.from_run(
-            cfg.run, checkpoint=cfg.checkpoint, weights=cfg.weights, device=device
-        )
+    pipeline = GenerationPipeline.load(
+        cfg.run, checkpoint=cfg.checkpoint, weights=str(cfg.weights), device=cfg.device
+    )
     sampler = inherit(cfg.sampler, own["sampler"])
     guidance = inherit(cfg.guidance, own["guidance"])
     pipeline.sampler = instantiate(OmegaConf.create(sampler), "sampler")
-    pipeline.guidance = instantiate(OmegaConf.create(guidance), "guidance")
+    asked = instantiate(OmegaConf.create(guidance), "guidance")
+    pipeline.guidance = pipeline.ready(asked)
+    if isinstance(asked, Autoguidance):
+        weak = pipeline.weak_models.find(asked.settings, pipeline)
+        share = weak.model.flops() / pipeline.model.flops()
+        guidance = {**guidance, "weak_model": weak.name, "weak_flops": round(share, 4)}
     pipeline.set_precision(cfg.precision)
+    if cfg.get("offload"):
+        pipeline.offload()
     return pipeline, sampler, guidance
 
 

@@ -6,7 +6,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,50 @@ def load_strictly(
     """
     _check_fit(module, state, source=source, hint=hint)
     module.load_state_dict(state, strict=True)
+
+
+def assign_strictly(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    device: torch.device,
+    source: Path | str,
+    hint: str = "",
+) -> None:
+    """Make tensors of a state dict the weights of a module that was built on the meta device.
+
+    So a model is in memory once. Every tensor is copied to the device, away from the file, which
+    another process may delete; it gets the type that the module was built with.
+
+    Raises:
+        CheckpointError: names the counts and the first differing key; nothing is loaded then.
+    """
+    _check_fit(module, state, source=source, hint=hint)
+    own = module.state_dict()
+    values = {name: tensor.to(device, own[name].dtype, copy=True) for name, tensor in state.items()}
+    module.load_state_dict(values, strict=True, assign=True)
+
+
+def complete_from(module: nn.Module, build: Callable[[], nn.Module]) -> None:
+    """Give a module from the meta device the tensors that its state dict does not hold.
+
+    Those are buffers that are not saved, and tensors kept as plain attributes.
+
+    Args:
+        module: with weights, see :func:`assign_strictly`.
+        build: builds the same module with all it computes in its constructor; called only where
+            something is lacking.
+    """
+    lacking = [
+        (path, name)
+        for path, part in module.named_modules()
+        for name, value in (*part.named_buffers(recurse=False), *vars(part).items())
+        if isinstance(value, Tensor) and value.is_meta
+    ]
+    if lacking:
+        whole = build()
+        for path, name in lacking:
+            setattr(module.get_submodule(path), name, getattr(whole.get_submodule(path), name))
 
 
 def _check_fit(
