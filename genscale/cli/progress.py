@@ -19,9 +19,10 @@ from rich.progress import (
 
 
 def track(batches: Iterable[Any], what: str, *, total: int, show: bool = True) -> Iterator[Any]:
-    """Pass on batches that have ``ids``; show count, rate and time left on standard error.
+    """Pass on batches and show count, rate and time left on standard error.
 
-    Where standard error is no terminal, a line is written every ten seconds.
+    Batches are tensors, or have ``ids``. Where standard error is no terminal, a line is written
+    every ten seconds.
     """
     if not show:
         yield from batches
@@ -41,13 +42,13 @@ def track(batches: Iterable[Any], what: str, *, total: int, show: bool = True) -
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(what, total=total, rate="")
             for batch in batches:
-                done += len(batch.ids)
+                done += len(getattr(batch, "ids", batch))
                 rate = done / max(time.perf_counter() - started, 1e-9)
                 bar.update(task, completed=done, rate=f"{rate:.1f}/s")
                 yield batch
         return
     for batch in batches:
-        done += len(batch.ids)
+        done += len(getattr(batch, "ids", batch))
         now = time.perf_counter()
         if now - last >= 10:
             last = now

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from genscale.errors import DataError
+
+Watch = Callable[[Iterable[Tensor], str, int], Iterable[Tensor]]
+"""Passes batches of pictures on and shows how far they are: (batches, what, how many pictures)."""
 
 
 class FeatureNetwork(nn.Module, ABC):
@@ -70,7 +74,12 @@ class FeatureNetwork(nn.Module, ABC):
 
 @torch.no_grad()
 def extract(
-    network: FeatureNetwork, images: Tensor, taps: tuple[str, ...], *, batch_size: int = 256
+    network: FeatureNetwork,
+    images: Tensor,
+    taps: tuple[str, ...],
+    *,
+    batch_size: int = 256,
+    watch: Watch | None = None,
 ) -> dict[str, Tensor]:
     """Run a network over many pictures and collect some taps on the CPU.
 
@@ -79,13 +88,17 @@ def extract(
         images: uint8 ``(n, 1 or 3, H, W)``.
         taps: names of the features to keep.
         batch_size: pictures a pass.
+        watch: shows progress; None works silently.
 
     Returns:
         ``(n, length)`` float tensors by tap.
     """
     parts: dict[str, list[Tensor]] = {tap: [] for tap in taps}
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    for batch in check_images(images).split(batch_size):
+    batches: Iterable[Tensor] = check_images(images).split(batch_size)
+    if watch is not None:
+        batches = watch(batches, f"{network.name} features", len(images))
+    for batch in batches:
         output = network(batch.to(device))
         for tap in taps:
             parts[tap].append(output[tap].cpu())

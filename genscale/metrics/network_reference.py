@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from genscale.errors import DataError
-from genscale.metrics.features import FeatureNetwork, extract
+from genscale.metrics.features import FeatureNetwork, Watch, extract
 from genscale.metrics.frechet import compare_features
 from genscale.metrics.moments import Moments
 from genscale.metrics.novelty import nearest_distances
@@ -78,6 +78,7 @@ def reference_from_images(
     spatial: bool = False,
     batch_size: int = 256,
     cache: Path | None = None,
+    watch: Watch | None = None,
 ) -> NetworkReference:
     """Describe real pictures.
 
@@ -89,12 +90,15 @@ def reference_from_images(
         batch_size: pictures a pass.
         cache: folder of :func:`~genscale.metrics.reference_cache.extract_once`; None computes
             features anew.
+        watch: shows the progress of computing.
     """
 
     def look_at(pictures: Tensor, taps: tuple[str, ...]) -> dict[str, Tensor]:
         if cache is None:
-            return extract(network, pictures, taps, batch_size=batch_size)
-        return extract_once(network, pictures, taps, batch_size=batch_size, folder=cache)
+            return extract(network, pictures, taps, batch_size=batch_size, watch=watch)
+        return extract_once(
+            network, pictures, taps, batch_size=batch_size, folder=cache, watch=watch
+        )
 
     taps = (network.tap, SPATIAL) if spatial else (network.tap,)
     features = look_at(images, taps)

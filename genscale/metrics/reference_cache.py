@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from genscale.io.files import atomic_write
-from genscale.metrics.features import FeatureNetwork, extract
+from genscale.metrics.features import FeatureNetwork, Watch, extract
 
 _LAYOUT = "1"  # changes when files of an older layout must not be read any more
 
@@ -29,6 +29,7 @@ def extract_once(
     *,
     batch_size: int,
     folder: Path,
+    watch: Watch | None = None,
 ) -> dict[str, Tensor]:
     """Return what :func:`~genscale.metrics.features.extract` does, from a file where there is one.
 
@@ -42,6 +43,7 @@ def extract_once(
         taps: names of the features.
         batch_size: pictures a pass, where features have to be computed.
         folder: where files lie; made if missing.
+        watch: shows the progress of computing.
 
     Returns:
         ``(n, length)`` float tensors by tap, on the CPU.
@@ -62,7 +64,7 @@ def extract_once(
             "They are computed again.",
             stacklevel=2,
         )
-    features = extract(network, images, taps, batch_size=batch_size)
+    features = extract(network, images, taps, batch_size=batch_size, watch=watch)
     with atomic_write(path) as temporary:
         save_file({tap: value.contiguous() for tap, value in features.items()}, temporary)
     return features

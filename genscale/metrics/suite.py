@@ -15,7 +15,7 @@ from genscale.errors import DataError, ProtocolError
 from genscale.metrics.agreement import Judge
 from genscale.metrics.comparison import MEASURES, MeasureSettings, settings_of
 from genscale.metrics.feature_metrics import FeatureMetrics
-from genscale.metrics.features import FeatureNetwork, check_images
+from genscale.metrics.features import FeatureNetwork, Watch, check_images
 from genscale.metrics.label_metrics import LabelMetrics
 from genscale.metrics.names import EVERY_PIXEL, PlannedMetric, plan_metrics
 from genscale.metrics.network_reference import (
@@ -67,6 +67,7 @@ class EvaluationSuite:
         skipped: metrics left out of the last result, with the reason.
         seconds: time spent by task: ``reference``, ``features``, and each metric.
         protocols: protocols of all results so far, by their hash.
+        watch: shows how far the features of reference pictures are; None works silently.
 
     Raises:
         ConfigError: if a name is unknown or given twice, or its network is missing.
@@ -100,6 +101,7 @@ class EvaluationSuite:
         self.skipped: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self.protocols: dict[str, EvalProtocol] = {}
+        self.watch: Watch | None = None
         self._settings = MeasureSettings(
             num_neighbours=num_neighbours,
             kid_subset_size=kid_subset_size,
@@ -203,6 +205,7 @@ class EvaluationSuite:
                     spatial=_reads_spatial(metric),
                     batch_size=self.batch_size,
                     cache=cache_folder() if cached else None,
+                    watch=self.watch if slow else None,
                 )
         self._fit_judge(train_images, train_labels, heldout_images, heldout_labels)
         self._choose_active()

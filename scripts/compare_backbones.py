@@ -1,0 +1,227 @@
+"""Train backbones for equally many operations on one data set and measure them alike.
+
+python scripts/compare_backbones.py [--models dit sit uvit dimr lamamba] [--seeds 0]
+    [--budget 9.7] [--samples 5000] [--folder outputs/compare] [overrides of train.py ...]
+
+A row is one model and seed. It trains for the steps that spend ``--budget`` TFLOP (forward
+operations times three, as counted for the papers: matrix products, convolutions and attention),
+is sampled by one sampler with one seed, and measured by one protocol; numbers of different
+protocols are refused. Rows that are done are not done again, and a row that was killed continues
+where it stopped, so the script can be started again at any time. The table, with the exact commands
+of every row, goes to ``<folder>/table.md``, a picture of samples to ``<folder>/samples.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+DATA = ("data=fashion_mnist", "data.resolution=16")
+SAMPLER = ("sampler=sde", "sampler.steps=30")
+METRICS = ("fd_lite0", "kid_lite0", "precision", "recall", "label_agreement", "judge_accuracy")
+SHOWN = 20  # samples of each model in the picture
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model trained with one seed.
+
+    Attributes:
+        model: option of ``model=``.
+        seed: of the training run; samples always have seed 0.
+        steps: optimizer steps.
+        tflop: what they cost.
+        parameters: of the model.
+        run: the run folder.
+        train: words of train.py.
+        evaluate: words of evaluate.py.
+    """
+
+    model: str
+    seed: int
+    steps: int
+    tflop: float
+    parameters: int
+    run: Path
+    train: tuple[str, ...]
+    evaluate: tuple[str, ...]
+
+    @property
+    def numbers(self) -> Path:
+        """Where evaluate.py leaves its numbers."""
+        return self.run / "compare" / "metrics.json"
+
+
+def plan(
+    model: str, seed: int, *, budget: float, samples: int, folder: Path, overrides: Sequence[str]
+) -> Row:
+    """Work out the steps that spend ``budget`` TFLOP, and the two commands of a row."""
+    import torch
+    from hydra import compose, initialize_config_dir
+
+    from genscale.backbones.base import parameter_count
+    from genscale.cli.app import conf_directory
+    from genscale.cli.building import instantiate
+    from genscale.cli.resolvers import register_resolvers
+
+    register_resolvers()
+    words = (f"model={model}", *DATA, f"seed={seed}", *overrides)
+    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        cfg = compose("train", overrides=list(words))
+    with torch.device("meta"):
+        network = instantiate(cfg.model, "model")
+    step_tflop = 3 * network.flops() * cfg.batch_size / 1e12
+    steps = max(1, round(budget / step_tflop))
+    run = folder / f"{model}_seed{seed}"
+    train = (*words, f"trainer.max_steps={steps}", f"run_dir={run}")
+    evaluate = (
+        *(f"run={run}", f"out_dir={run / 'compare'}", f"num_samples={samples}", *SAMPLER),
+        *("metrics=fd_lite", f"metrics.metrics=[{','.join(METRICS)}]", "save_samples=true"),
+    )
+    parameters = parameter_count(network)
+    return Row(model, seed, steps, steps * step_tflop, parameters, run, train, evaluate)
+
+
+def call(program: str, words: Sequence[str]) -> None:
+    """Run one of our commands; its progress is shown.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    print(f"$ python {program} {shlex.join(words)}", flush=True)
+    done = subprocess.run([sys.executable, str(ROOT / program), *words], check=False)
+    if done.returncode:
+        raise SystemExit(f"{program} ended with status {done.returncode}; start me again to resume")
+
+
+def carry_out(row: Row) -> None:
+    """Train and evaluate as far as that is not done."""
+    from genscale.runs import RunFolder
+
+    summary = row.run / "summary.json"
+    if not summary.is_file() or json.loads(summary.read_text())["steps"] < row.steps:
+        begun = row.run.is_dir() and RunFolder(row.run).checkpoints()
+        call("train.py", (*row.train, *(("resume=latest",) if begun else ())))
+    if not row.numbers.is_file():
+        call("evaluate.py", row.evaluate)
+
+
+def read_numbers(row: Row) -> dict[str, Any]:
+    """Return the metrics of a row by name, with their protocols."""
+    from genscale.metrics.protocol import EvalProtocol, MetricValue
+
+    record = json.loads(row.numbers.read_text())
+    protocols = {k: EvalProtocol.from_dict(v) for k, v in record["protocols"].items()}
+    return {
+        item["name"]: MetricValue(
+            item["name"],
+            item["value"],
+            item["protocol"],
+            item["details"],
+            protocols.get(item["protocol"]),
+        )
+        for item in record["metrics"]
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the table and the commands as markdown.
+
+    Raises:
+        ProtocolError: the rows were measured under different protocols.
+    """
+    from genscale.metrics.protocol import require_one_protocol
+
+    numbers = [read_numbers(row) for row in rows]
+    for name in METRICS:
+        require_one_protocol([found[name] for found in numbers])
+    floor = numbers[0]["fd_lite0"].details
+    heads = ["model", "seed", "parameters", "steps", "TFLOP", "training s", "FD-lite0"]
+    heads += ["KID-lite0 x 1000", "precision", "recall", "label agreement"]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for row, found in sorted(
+        zip(rows, numbers, strict=True), key=lambda pair: pair[1]["fd_lite0"].value
+    ):
+        seconds = json.loads((row.run / "summary.json").read_text())["seconds"]
+        cells = [f"`{row.model}`", str(row.seed), f"{row.parameters:,}", f"{row.steps:,}"]
+        cells += [f"{row.tflop:.2f}", f"{seconds:.0f}", f"{found['fd_lite0'].value:.1f}"]
+        kid = found["kid_lite0"]
+        cells += [f"{1e3 * kid.value:.1f}"]
+        cells += [f"{found[name].value:.3f}" for name in ("precision", "recall")]
+        cells += [f"{100 * found['label_agreement'].value:.1f} %"]
+        lines.append(f"| {' | '.join(cells)} |")
+    hashes = ", ".join(f"{name} {numbers[0][name].protocol_hash}" for name in METRICS)
+    lines += [
+        "",
+        f"Real/real floor of FD-lite0: {floor['floor']:.1f} ({floor['floor_n']} held-out "
+        "pictures). The judge sees the right class in "
+        f"{100 * numbers[0]['judge_accuracy'].value:.1f} % of real held-out pictures. Protocols: "
+        f"{hashes}.",
+        "",
+        "```",
+    ]
+    for row in rows:
+        lines += [f"python train.py {shlex.join(row.train)}"]
+        lines += [f"python evaluate.py {shlex.join(row.evaluate)}"]
+    return "\n".join([*lines, "```", ""])
+
+
+def picture(rows: Sequence[Row], path: Path) -> None:
+    """Draw the first samples of every model, a model a row; columns are classes in turn."""
+    import torch
+
+    from genscale.io.images import load_npz, save_grid
+
+    shown = [load_npz(row.run / "compare" / "samples.npz")[0][:SHOWN] for row in rows]
+    save_grid(torch.cat(shown).permute(0, 3, 1, 2).contiguous(), path, columns=SHOWN)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    models = ["dit", "sit", "uvit", "dimr", "lamamba"]
+    parser.add_argument("--models", nargs="+", default=models)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--budget", type=float, default=9.7, help="training TFLOP of a row")
+    parser.add_argument("--samples", type=int, default=5000)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/compare"))
+    parser.add_argument("--no-table", action="store_true", help="only train and evaluate")
+    arguments, overrides = parser.parse_known_args()
+    rows = [
+        plan(
+            model,
+            seed,
+            budget=arguments.budget,
+            samples=arguments.samples,
+            folder=arguments.folder,
+            overrides=overrides,
+        )
+        for seed in arguments.seeds
+        for model in arguments.models
+    ]
+    for row in rows:
+        print(f"{row.model} seed {row.seed}: {row.steps} steps, {row.tflop:.2f} TFLOP", flush=True)
+    for row in rows:
+        carry_out(row)
+    if arguments.no_table:
+        return 0
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    text = table(rows)
+    (arguments.folder / "table.md").write_text(text)
+    picture(rows, arguments.folder / "samples.png")
+    print(text)
+    print(f"table: {arguments.folder / 'table.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
