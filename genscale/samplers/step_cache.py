@@ -36,10 +36,10 @@ class StepCache(ABC):
     """Settings of step caching; holds no features, so one object serves any number of samples.
 
     Attributes:
-        name: what protocols call it, settings included.
+        label: what protocols call it, settings included.
     """
 
-    name: str
+    label: str
 
     @abstractmethod
     def wrap(self, view: Denoiser, last: Level | None = None) -> Denoiser:
@@ -55,7 +55,7 @@ class StepCache(ABC):
 class NoStepCache(StepCache):
     """Every evaluation is whole."""
 
-    name = "none"
+    label = "none"
 
     def wrap(self, view: Denoiser, last: Level | None = None) -> Denoiser:
         """Return the view itself."""
@@ -139,7 +139,7 @@ class FORA(IntervalCache):
 
     def __init__(self, interval: int = 3) -> None:
         super().__init__(interval, order=0, warm_up=1)
-        self.name = f"fora(interval={interval})"
+        self.label = f"fora(interval={interval})"
 
     def weights(self, times: Tensor, known: Tensor, time: Tensor) -> Tensor:
         """Return 1."""
@@ -183,7 +183,7 @@ class Taylor(IntervalCache):
                 f"{did_you_mean(str(basis), get_args(Basis))}"
             )
         self.basis = basis
-        self.name = f"{basis}(interval={interval}, order={order}, warm_up={warm_up})"
+        self.label = f"{basis}(interval={interval}, order={order}, warm_up={warm_up})"
 
     def weights(self, times: Tensor, known: Tensor, time: Tensor) -> Tensor:
         """Return the weights of the forecast; differences of unknown features count 0."""
