@@ -62,7 +62,7 @@ def describe(
     return EvalProtocol(
         num_samples=num_samples,
         class_law=class_law(labels, pipeline.num_classes),
-        sampler=type(sampler).__name__,
+        sampler=type(sampler).__name__ + _cached(pipeline),
         steps=sampler.num_steps,
         nfe=nfe,
         solver="sde" if getattr(sampler, "eta", 0.0) else "ode",
@@ -74,6 +74,12 @@ def describe(
         autoencoder=type(pipeline.autoencoder).__name__.lower(),
         weights=weights,
     )
+
+
+def _cached(pipeline: GenerationPipeline) -> str:
+    """Return what the sampler's name in protocols says of step caching; nothing without it."""
+    label = pipeline.step_cache.label
+    return "" if label == "none" else f" with {label}"
 
 
 def measure(suite: EvaluationSuite, batches: Iterable[Generated]) -> float:

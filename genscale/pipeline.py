@@ -36,10 +36,12 @@ from genscale.io.weights import (
     complete_from,
     read_checkpoint,
 )
-from genscale.objectives.base import Objective
+from genscale.objectives.base import Denoiser, Objective
 from genscale.run_weights import MAIN, Origin, is_exported, read_weights
 from genscale.runs import RunFolder
 from genscale.samplers.base import Sampler
+from genscale.samplers.grid import GridSampler
+from genscale.samplers.step_cache import NoStepCache, StepCache
 from genscale.weak_models import WeakModels
 
 
@@ -117,6 +119,7 @@ class GenerationPipeline:
         num_classes: classes the model knows; 0 for none.
         class_names: their names, for captions.
         precision: dtype of network and decoder; solver states stay float32.
+        step_cache: reuse of the network's features between steps; None reuses nothing.
 
     Attributes:
         config: the resolved config it was built from, empty where there is none.
@@ -135,12 +138,14 @@ class GenerationPipeline:
         num_classes: int = 0,
         class_names: tuple[str, ...] = (),
         precision: Literal["float32", "bfloat16"] = "float32",
+        step_cache: StepCache | None = None,
     ) -> None:
         self.model = model
         self.autoencoder = autoencoder
         self.objective = objective
         self.sampler = sampler
         self.guidance = guidance
+        self.step_cache = step_cache or NoStepCache()
         self.num_classes = num_classes
         self.class_names = class_names
         self.config: dict[str, Any] = {}
@@ -324,6 +329,13 @@ class GenerationPipeline:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
+    def _view(self, solver: Sampler) -> Denoiser:
+        """Return the network's view, with step caching as this solver's steps want it."""
+        view = self.objective.view(self.model)
+        if not isinstance(solver, GridSampler):
+            return self.step_cache.wrap(view)
+        return self.step_cache.wrap(view, solver.last_level(view.process))
+
     @torch.no_grad()
     def sample(
         self,
@@ -346,7 +358,7 @@ class GenerationPipeline:
         """
         solver = sampler or self.sampler
         guided = self.ready(guidance or self.guidance)
-        view = guided.wrap(self.objective.view(self.model))
+        view = guided.wrap(self._view(solver))
         with self._autocast():
             state = solver.run(view, cond.to(self.device), seeds)
             images = (self._offloaded or self.autoencoder).decode(solver.finish(state).float())

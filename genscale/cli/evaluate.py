@@ -115,7 +115,9 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
         "seed": cfg.seed,
         "sampler": sampler,
         "guidance": guidance,
+        "step_cache": pipeline.step_cache.label,
         "nfe_per_sample": nfe,
+        "solver_evaluations": pipeline.sampler.nfe(0, pipeline.sampler.num_steps),
     }
     images = torch.cat([batch.images for batch in kept]) if kept else torch.zeros(0)
     return folder, record, values, images, grid_columns(cfg, pipeline)

@@ -54,6 +54,8 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
         weak = pipeline.weak_models.find(asked.settings, pipeline)
         share = weak.model.flops() / pipeline.model.flops()
         guidance = {**guidance, "weak_model": weak.name, "weak_flops": round(share, 4)}
+    if cfg.get("step_cache") is not None:
+        pipeline.step_cache = instantiate(cfg.step_cache, "step_cache")
     pipeline.set_precision(cfg.precision)
     if cfg.get("offload"):
         pipeline.offload()

@@ -44,14 +44,17 @@ def run(cfg: DictConfig) -> None:
             "seed": cfg.seed,
             "sampler": sampler,
             "guidance": guidance,
+            "step_cache": pipeline.step_cache.label,
             "precision": cfg.precision,
             "nfe_per_sample": float(nfe.mean()),
+            "solver_evaluations": pipeline.sampler.nfe(0, pipeline.sampler.num_steps),
             "seconds": round(time.perf_counter() - started, 2),
         }
         write_json(folder / "samples.json", record)
-        print(
-            f"{len(ids)} samples, {record['nfe_per_sample']:g} network evaluations each: {written}"
-        )
+        spent = f"{record['nfe_per_sample']:g} network evaluations each"
+        if record["step_cache"] != "none":
+            spent += f" (the solver makes {record['solver_evaluations']} a branch)"
+        print(f"{len(ids)} samples, {spent}: {written}")
     dist.finish()
 
 

@@ -23,6 +23,7 @@ _GROUPS = {
     "autoencoder": "pixels to latents and back",
     "sampler": "how samples are drawn",
     "guidance": "how conditional and unconditional predictions are combined",
+    "step_cache": "features of the network reused between steps: faster, not the same samples",
     "search": "test-time search over samples",
     "reward": "what the search looks for",
     "resolution": "training-free resolution scaling",
