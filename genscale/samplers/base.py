@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -145,7 +145,13 @@ class State:
 
 
 class Sampler(ABC):
-    """Advances states; holds settings only, so one object serves any number of trajectories."""
+    """Advances states; holds settings only, so one object serves any number of trajectories.
+
+    Attributes:
+        nfe_is_bound: :meth:`nfe` is an upper bound, because evaluations depend on the sample.
+    """
+
+    nfe_is_bound: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -154,7 +160,21 @@ class Sampler(ABC):
 
     @abstractmethod
     def nfe(self, i: int, j: int) -> int:
-        """Network evaluations from step i to step j, one branch a call (closed form)."""
+        """Network evaluations from step i to step j, one branch a call.
+
+        In closed form; the most there can be where ``nfe_is_bound``.
+        """
+
+    def check(self, process: NoiseProcess, learned_variance: bool) -> None:  # noqa: B027
+        """Say at once what could only fail on the way; asked before anything is sampled.
+
+        Args:
+            process: that of the model's objective.
+            learned_variance: whether the network predicts its variance.
+
+        Raises:
+            ConfigError: a process or network that this sampler does not suit.
+        """
 
     @abstractmethod
     def start(

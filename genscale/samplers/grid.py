@@ -97,6 +97,10 @@ class GridSampler(Sampler):
         step = torch.tensor([self.num_steps - 1], device="cpu")
         return self.grid(process).select(self._place(step))
 
+    def check(self, process: NoiseProcess, learned_variance: bool) -> None:
+        """Refuse a process that lacks the levels of the schedule."""
+        self.grid(process)
+
     def start(
         self,
         model: Denoiser,
@@ -270,10 +274,10 @@ class GridSampler(Sampler):
         )
 
     def _advance(self, model: Denoiser, state: State, noise: Tensor | None) -> State:
-        x, cost = self._move(model, state, noise)
+        x, cost, history = self._take(model, state, noise)
         return state.replace(
             x=x,
-            history=self._next_history(state),
+            history=history,
             step=state.step + 1,
             nfe=state.nfe + cost,
             clean=None,
@@ -282,6 +286,13 @@ class GridSampler(Sampler):
             memory=state.pending,
             pending=None,
         )
+
+    def _take(
+        self, model: Denoiser, state: State, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return what :meth:`_move` does, and the solver history after the step."""
+        x, cost = self._move(model, state, noise)
+        return x, cost, self._next_history(state)
 
     def _start_std(self, process: NoiseProcess) -> Tensor:
         """Return the standard deviation ``(1,)`` of x where trajectories start."""

@@ -17,6 +17,7 @@ from genscale.objectives.schedule import DiscreteVP, LinearFlow, NoiseProcess
 from genscale.samplers.ancestral import Ancestral
 from genscale.samplers.base import Sampler, State
 from genscale.samplers.churn import ChurnSampler
+from genscale.samplers.diffusers_bridge import DiffusersSampler
 from genscale.samplers.dpm_fast import DPMSolverFast
 from genscale.samplers.grid import GridSampler
 from genscale.samplers.multistep import DPMSolverMultistep
@@ -63,17 +64,75 @@ SAMPLERS = {
     "sde-heun": ReverseSDEHeun(4),
     "sde-heun-tweedie": ReverseSDEHeun(4, diffusion="increasing_decreasing", last="tweedie"),
 }
+PROCESSES: dict[str, NoiseProcess] = {
+    "flow": LinearFlow(),
+    "vp": DiscreteVP(),
+    "ve": VarianceExploding(),
+}
+# schedulers of diffusers have levels of their own: each on a process that has them
+BRIDGED: dict[str, tuple[GridSampler, str]] = {
+    "ddpm": (DiffusersSampler("DDPMScheduler", 4), "vp"),
+    "ddim": (DiffusersSampler("DDIMScheduler", 4, eta=0.7), "vp"),
+    "pndm": (DiffusersSampler("PNDMScheduler", 5), "vp"),
+    "lcm": (DiffusersSampler("LCMScheduler", 4), "vp"),
+    "tcd": (DiffusersSampler("TCDScheduler", 4, eta=0.3), "vp"),
+    "euler": (DiffusersSampler("EulerDiscreteScheduler", 4), "flow"),
+    "euler-a": (DiffusersSampler("EulerAncestralDiscreteScheduler", 4), "vp"),
+    "heun": (DiffusersSampler("HeunDiscreteScheduler", 4), "vp"),
+    "kdpm2": (DiffusersSampler("KDPM2DiscreteScheduler", 4), "vp"),
+    "kdpm2-a": (DiffusersSampler("KDPM2AncestralDiscreteScheduler", 4), "vp"),
+    "lms": (DiffusersSampler("LMSDiscreteScheduler", 6), "vp"),
+    "dpm": (DiffusersSampler("DPMSolverMultistepScheduler", 5, config={"solver_order": 3}), "vp"),
+    "dpm-sde": (
+        DiffusersSampler(
+            "DPMSolverMultistepScheduler", 4, config={"algorithm_type": "sde-dpmsolver++"}
+        ),
+        "flow",
+    ),
+    "dpm-single": (
+        DiffusersSampler(
+            "DPMSolverSinglestepScheduler",
+            8,
+            config={"solver_order": 3, "algorithm_type": "sde-dpmsolver++"},
+        ),
+        "vp",
+    ),
+    "deis": (DiffusersSampler("DEISMultistepScheduler", 4), "vp"),
+    "unipc": (DiffusersSampler("UniPCMultistepScheduler", 5, config={"solver_order": 3}), "vp"),
+    "unipc-flow": (DiffusersSampler("UniPCMultistepScheduler", 4), "flow"),
+    "sa": (DiffusersSampler("SASolverScheduler", 5), "vp"),
+    "ipndm": (DiffusersSampler("IPNDMScheduler", 6), "flow"),
+    "edm-euler": (DiffusersSampler("EDMEulerScheduler", 4), "ve"),
+    "edm-dpm": (DiffusersSampler("EDMDPMSolverMultistepScheduler", 4), "ve"),
+    "flow-euler": (DiffusersSampler("FlowMatchEulerDiscreteScheduler", 4), "flow"),
+    "flow-heun": (DiffusersSampler("FlowMatchHeunDiscreteScheduler", 3), "flow"),
+}
+CASES: dict[str, tuple[GridSampler, str]] = {
+    **{f"{name}-{on}": (sampler, on) for on in PROCESSES for name, sampler in SAMPLERS.items()},
+    **{f"diffusers-{name}": case for name, case in BRIDGED.items()},
+}
 COUNT = 4
 
 
-@pytest.fixture(params=[LinearFlow(), DiscreteVP(), VarianceExploding()], ids=["flow", "vp", "ve"])
-def model(request: pytest.FixtureRequest, rational: Any) -> Any:
-    return rational(request.param)
-
-
-@pytest.fixture(params=SAMPLERS.values(), ids=SAMPLERS)
-def sampler(request: pytest.FixtureRequest) -> GridSampler:
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[GridSampler, str]:
     return request.param
+
+
+@pytest.fixture
+def sampler(case: tuple[GridSampler, str]) -> GridSampler:
+    return case[0]
+
+
+@pytest.fixture
+def model(case: tuple[GridSampler, str], rational: Any) -> Any:
+    return rational(PROCESSES[case[1]])
+
+
+def _place(sampler: GridSampler, step: int) -> int:
+    """Return where on the grid a step begins: some steps span several levels."""
+    places = getattr(sampler, "places", None)
+    return step if places is None else int(places[step])
 
 
 def _start(sampler: Sampler, model: Any, rows: list[int] | None = None) -> State:
@@ -141,7 +200,7 @@ def test_evaluating_twice_is_evaluating_once(sampler: GridSampler, model: Any) -
 def test_the_estimates_describe_x(sampler: GridSampler, model: Any) -> None:
     state = sampler.evaluate(model, sampler.advance(model, _start(sampler, model)))
     grid = sampler.grid(model.process)
-    place = int(sampler.places[1]) if isinstance(sampler, DPMSolverFast) else 1
+    place = _place(sampler, 1)
     alpha, sigma = float(grid.alpha[place]), float(grid.sigma[place])
     assert state.clean is not None
     assert state.noise is not None
@@ -218,7 +277,8 @@ def test_start_noise_comes_from_the_seed_or_from_the_caller(
     wide = sampler.start(model, Conditioning(), seeds, noise=torch.ones(2, 2, 3)).x[0, 0, 0]
     given = sampler.start(model, Conditioning(), seeds, noise=own.x / wide)
     torch.testing.assert_close(given.x, own.x)
-    if not isinstance(sampler, ChurnSampler | ReverseSDE | ReverseSDEHeun):
+    # and schedulers of diffusers say themselves how wide
+    if not isinstance(sampler, ChurnSampler | ReverseSDE | ReverseSDEHeun | DiffusersSampler):
         assert float(wide) == pytest.approx(float(model.process.level(1.0).sigma))
     assert not torch.equal(own.x[0], own.x[1])
     with pytest.raises(ValueError, match="2 seeds were given with 0 conditions and 3 noises"):
@@ -247,10 +307,7 @@ class TestRenoise:
             state = sampler.advance(model, state)
         noise = torch.linspace(-1, 1, state.x.numel()).view_as(state.x)
         back = sampler.renoise(state, 1, noise)
-        i, j = (
-            (int(sampler.places[k]) if isinstance(sampler, DPMSolverFast) else k)
-            for k in (int(state.step[0]), 1)
-        )
+        i, j = _place(sampler, int(state.step[0])), _place(sampler, 1)
         grid = sampler.grid(model.process)
         ratio = grid.alpha[j] / grid.alpha[i]
         # the variance that is missing: sigma_j^2 = ratio^2 sigma_i^2 + std^2
@@ -333,7 +390,7 @@ def test_the_default_device_is_of_no_concern(rational: Any) -> None:
 
 
 def test_every_sampler_of_the_config_is_held_to_this(repository: Path) -> None:
-    tested = {f"{type(s).__module__}.{type(s).__qualname__}" for s in SAMPLERS.values()}
+    tested = {f"{type(s).__module__}.{type(s).__qualname__}" for s, _ in CASES.values()}
     for file in sorted((repository / "conf" / "sampler").glob("*.yaml")):
         target = OmegaConf.load(file)._target_
         assert target is None or target in tested, f"{file.name} names {target}"
