@@ -19,10 +19,11 @@ MAX_REFERENCE = 50_000  # training pictures held as the reference; the protocol 
 
 
 def fit_reference(suite: EvaluationSuite, datamodule: ImageDataModule) -> None:
-    """Give the suite a data set's training and held-out pictures.
+    """Give the suite a data set's training and held-out pictures; of latents, those encoded.
 
     Of more than :data:`MAX_REFERENCE` training pictures, a keyed random subset is taken.
     """
+    datamodule = datamodule.pictures()
     train, heldout = datamodule.train, datamodule.heldout
     rows = torch.arange(len(train))
     if len(train) > MAX_REFERENCE:
@@ -71,7 +72,7 @@ def describe(
         guidance_interval=tuple(interval) if guided and interval is not None else None,
         network_dtype=pipeline.precision,
         decoder_dtype=pipeline.precision,
-        autoencoder=type(pipeline.autoencoder).__name__.lower(),
+        autoencoder=pipeline.autoencoder.protocol_name,
         weights=weights,
     )
 

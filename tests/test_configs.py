@@ -18,7 +18,8 @@ GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and any(p.glob("*.y
 # needs pictures on disk: composed here, built in tests/data
 ON_DISK = {("data", "fashion_mnist"), ("data", "image_folder"), ("data", "imagenet256")}
 ON_DISK |= {("data", name) for name in ("latents", "imagenet256_latents", "imagenet512_latents")}
-READ_BACK = {("sampler", "run"), ("guidance", "run")}  # filled in from a run by sample.py
+# filled in from a run by sample.py
+READ_BACK = {("sampler", "run"), ("guidance", "run"), ("autoencoder", "run")}
 
 OF_SAMPLING = {"step_cache"}  # groups that training does not have
 
@@ -33,7 +34,7 @@ def composed(name: str, overrides: list[str]) -> DictConfig:
         return compose(name, overrides=overrides)
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "cache"])
 def test_primary_configs_compose(name: str) -> None:
     cfg = composed(name, [])
     assert OmegaConf.to_container(cfg)  # no missing values in the structure

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "metrics": ("layers", "io"),
     "upscaling": ("layers",),
     "resolution": ("backbones",),
-    "data": ("io",),
+    "data": ("io", "assembly"),  # latents build the data they were made of
     "rewards": ("data", "metrics"),
     "search": ("samplers", "rewards"),
     "report": ("io", "runs"),

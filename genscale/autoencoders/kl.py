@@ -17,8 +17,8 @@ class KL(Variational):
     """A diffusers AutoencoderKL, whose weights are read when they are first needed.
 
     So training from cached moments without sample grids needs no weights at all. The encoder
-    computes in float32 whatever the precision of training, so that a cache and encoding on the
-    way give the same moments; the decoder follows autocast.
+    computes in float32 whatever the precision of training, as for a cache; the decoder follows
+    autocast.
 
     Args:
         source: folder or hub id (``owner/name``); None where nothing is encoded or decoded.

@@ -253,4 +253,6 @@ def _check_sweep(cfg: DictConfig, launcher: str) -> None:
 def _program() -> str:
     """Return how the user started us."""
     script = Path(sys.argv[0])
+    if script.resolve().parent == Path(__file__).resolve().parent:
+        return f"python -m genscale.cli.{script.stem}"
     return f"python {script.name}" if script.suffix == ".py" else script.name

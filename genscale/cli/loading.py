@@ -57,9 +57,21 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
     if cfg.get("step_cache") is not None:
         pipeline.step_cache = instantiate(cfg.step_cache, "step_cache")
     pipeline.set_precision(cfg.precision)
+    _place_autoencoder(cfg, pipeline, own["autoencoder"])
     if cfg.get("offload"):
         pipeline.offload()
     return pipeline, sampler, guidance
+
+
+def _place_autoencoder(cfg: DictConfig, pipeline: GenerationPipeline, own: dict[str, Any]) -> None:
+    """Let the autoencoder read its weights where the command line says, and see that it can."""
+    asked = inherit(cfg.autoencoder, own)
+    if asked != own:
+        autoencoder = instantiate(OmegaConf.create(asked), "autoencoder")
+        pipeline.autoencoder = autoencoder.eval().to(pipeline.device)
+    problems = pipeline.autoencoder.check(encodes=False, decodes=True)
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def datasets_of(run: str) -> Any:

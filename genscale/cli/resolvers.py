@@ -12,12 +12,16 @@ from genscale.errors import ConfigError
 Number = int | float
 
 
-def latent_size(resolution: int, downsample: int) -> int:
+def latent_size(resolution: int | None, downsample: int) -> int | None:
     """Return the side of the latents of images of ``resolution`` pixels.
+
+    Where the data tell the resolution once they are read, it is None until then, and so is this.
 
     Raises:
         ConfigError: ``downsample`` is not positive or does not divide ``resolution``.
     """
+    if resolution is None:
+        return None
     if downsample < 1 or resolution % downsample:
         raise ConfigError(
             f"A resolution of {resolution} does not divide by the autoencoder's downsample of "

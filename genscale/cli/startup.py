@@ -12,6 +12,8 @@ from omegaconf import DictConfig, open_dict
 
 from genscale import dist
 from genscale.cli.app import instantiate
+from genscale.cli.autoencoding import autoencoder_problems
+from genscale.cli.combinations import combination_problems
 from genscale.cli.numbers import number_problems
 from genscale.errors import ConfigError, GenscaleError, ParallelError, require
 
@@ -104,14 +106,37 @@ def check(cfg: DictConfig) -> Any:
     built: list[Any] = []
     problems += _problem_of(lambda: built.append(instantiate(cfg.data, "data")))
     for path in ("objective", "sampler", "guidance", "optim", "lr_schedule", "ema"):
-        problems += _problem_of(partial(instantiate, cfg[path], path))
+        of_parts += _problem_of(partial(_build_into, parts, cfg, path))
+    misfits = combination_problems(cfg.model, parts.get("objective"), parts.get("guidance"))
+    if misfits:  # the data need not be read to say so
+        raise ConfigError("\n".join([*problems, *of_parts, *misfits]))
+    problems += _problem_of(partial(_build_into, parts, cfg, "data")) + of_parts
+    if "data" in parts:
+        problems += _problem_of(partial(_check_labels, cfg, parts["data"].num_classes or 0))
+        problems += _problem_of(partial(_check_autoencoder, cfg, parts["data"]))
     if cfg.callbacks.metrics_every > 0:
         problems += instantiate(cfg.metrics, "metrics").check()
     for node in cfg.logger.values():
         problems += _problem_of(partial(_require_logger, node._target_.rpartition(".")[2]))
     if problems:
         raise ConfigError("\n".join(problems))
-    return built[0]
+    return parts["data"]
+
+
+def _build_into(parts: dict[str, Any], cfg: DictConfig, path: str) -> None:
+    parts[path] = instantiate(cfg[path], path)
+
+
+def _check_labels(cfg: DictConfig, num_classes: int) -> None:
+    import torch
+
+    labels_for(label_law(cfg.evaluation), torch.arange(1), num_classes=num_classes, seed=0)
+
+
+def _check_autoencoder(cfg: DictConfig, datamodule: Any) -> None:
+    problems = autoencoder_problems(cfg, datamodule)
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _require_logger(package: str) -> None:

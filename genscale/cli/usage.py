@@ -67,6 +67,26 @@ _EXAMPLES = {
         ("run=outputs/latest weights=raw guidance.scale=2", "of the raw weights, with guidance"),
         ("run=outputs/latest metrics=quick", "choose the metrics"),
     ],
+    "export": [
+        ("run=outputs/latest out=exported/mine", "the averaged weights, for sample.py and Python"),
+        ("run=outputs/latest layout=official", "a state dict with the keys of the official program"),
+        ("run=outputs/latest layout=diffusers", "a DiT as diffusers loads it"),
+    ],
+    "import_checkpoint": [
+        ("family=dit file=DiT-XL-2-256x256.pt out=exported/dit_xl_2", "a published DiT"),
+        ("family=sit file=0100000.pt weights=model out=exported/mine", "out of a training file"),
+        ("family=uvit file=nnet_ema.pth num_heads=8 out=exported/uvit", "what no shape tells"),
+    ],
+    "cache": [
+        (
+            "data=image_folder data.root=pictures autoencoder.source=vae out_dir=latents",
+            "one pass over a folder; run again after an interruption, it goes on",
+        ),
+        (
+            "data=imagenet256 data.root=imagenet autoencoder.source=vae out_dir=latents",
+            "for python train.py data=imagenet256_latents data.root=latents",
+        ),
+    ],
 }
 
 _FLAGS = [

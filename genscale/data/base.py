@@ -60,6 +60,10 @@ class ImageDataset(ABC):
         """Return one picture: uint8 ``(C, H, W)``."""
         return self.images([index])[0]
 
+    def some(self, rows: Tensor) -> ImageDataset:
+        """Return a data set of some rows ``(n,)``, in their order; this one stays as it is."""
+        return SomeImages(self, rows)
+
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.name}, {len(self)} pictures, "

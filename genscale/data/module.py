@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from genscale.data.base import ImageDataset, SomeImages
+from genscale.data.base import ImageDataset
 from genscale.data.stream import GlobalStream, StreamBatchSampler
 from genscale.errors import CheckpointError, ConfigError, DataError, ParallelError
 from genscale.rng import Purpose, for_step, key, permutation
@@ -130,7 +130,7 @@ class ImageDataModule(LightningDataModule):
         )
         on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
-            _Samples(self.train, self.seed, self.flip),
+            self.samples(),
             batch_sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=_keep,
@@ -139,6 +139,14 @@ class ImageDataModule(LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),
             persistent_workers=self.num_workers > 0,
         )
+
+    def samples(self) -> Dataset[dict[str, Tensor]]:
+        """Return what turns (position, row) pairs into batches, in the reading processes."""
+        return _Samples(self.train, self.seed, self.flip)
+
+    def pictures(self) -> ImageDataModule:
+        """Return the module of the pictures that samples are compared with: this one."""
+        return self
 
     def _split(self) -> tuple[int, int, int]:
         """Return (rank, world size, micro-batches a step)."""
@@ -199,11 +207,16 @@ class _Samples(Dataset[dict[str, Tensor]]):
         position, rows = torch.tensor(pairs, dtype=torch.int64).unbind(1)
         images = self._images.images(rows)
         if self._flip:
-            mirrored = for_step(self._seed, position).uniform(Purpose.FLIP) < 0.5
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            which = mirrored(self._seed, position)
+            images = torch.where(which[:, None, None, None], images.flip(-1), images)
         labels = self._images.labels
         label = torch.full_like(rows, UNLABELLED) if labels is None else labels[rows]
         return {"image": images, "label": label, "position": position}
+
+
+def mirrored(seed: int, position: Tensor) -> Tensor:
+    """Return which samples of a batch are mirrored: bool ``(B,)``, true with probability 1/2."""
+    return for_step(seed, position).uniform(Purpose.FLIP) < 0.5
 
 
 def _keep(batch: Any) -> Any:
@@ -225,14 +238,14 @@ def check_num_classes(images: ImageDataset, stated: int | None) -> None:
         )
 
 
-def _draw(images: ImageDataset, limit: int, seed: int) -> SomeImages:
+def _draw(images: ImageDataset, limit: int, seed: int) -> ImageDataset:
     """Return ``limit`` pictures, a keyed draw: rows are often sorted by class."""
     if not 1 <= limit <= len(images):
         raise ConfigError(
             f"data.limit={limit} is outside 1 to {len(images)}, the pictures of '{images.name}'. "
             "Give a number in that range."
         )
-    return SomeImages(images, permutation(key(seed, Purpose.SUBSET), len(images))[:limit])
+    return images.some(permutation(key(seed, Purpose.SUBSET), len(images))[:limit])
 
 
 def _check_alike(train: ImageDataset, heldout: ImageDataset) -> None:

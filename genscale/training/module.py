@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from genscale import rng
-from genscale.autoencoders.base import Autoencoder
+from genscale.autoencoders.base import Autoencoder, Variational
 from genscale.backbones.base import Backbone
 from genscale.conditioning.base import Conditioning
 from genscale.flops import count_flops_by_module
@@ -112,14 +112,26 @@ class GenerativeModule(pl.LightningModule):
 
     @torch.no_grad()
     def prepare(self, raw: dict[str, Tensor]) -> Batch:
-        """Turn a raw batch (uint8 ``image``, ``label``, ``position``) into a training batch."""
+        """Turn a raw batch into a training batch.
+
+        Args:
+            raw: uint8 ``image`` or the cached ``moments`` of one, ``label`` and ``position``.
+        """
         position = raw["position"]
-        images = from_uint8(raw["image"])
+        autoencoder = self.autoencoder
+        if isinstance(autoencoder, Variational):
+            cached = raw.get("moments")
+            moments = autoencoder.moments(from_uint8(raw["image"])) if cached is None else cached
+            shape = (autoencoder.latent_channels, *moments.shape[2:])
+            noise = rng.for_step(self.seed, position).normal(Purpose.POSTERIOR, shape)
+            clean = autoencoder.from_moments(moments.float(), noise)
+        else:
+            clean = autoencoder.encode(from_uint8(raw["image"]))
         cond = Conditioning(labels=raw["label"]) if "label" in raw else Conditioning()
         if self.condition_dropout > 0 and len(cond):
             draws = rng.for_step(self.seed, position).uniform(Purpose.DROP)
             cond = cond.drop(draws < self.condition_dropout)
-        return Batch(clean=self.autoencoder.encode(images), cond=cond, position=position)
+        return Batch(clean=clean, cond=cond, position=position)
 
     def training_step(self, raw: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss; its terms wait on the device until the next log."""
