@@ -56,7 +56,7 @@ def describe(
     weights: str,
 ) -> EvalProtocol:
     """Return the protocol of samples a pipeline makes; the suite fills in its own fields."""
-    sampler, guidance = pipeline.sampler, pipeline.guidance
+    sampler, guidance = pipeline.sampler, pipeline.ready(pipeline.guidance)
     scale = getattr(guidance, "scale", None)
     interval = getattr(guidance, "interval", None)
     guided = scale is not None and scale != 1.0
@@ -67,7 +67,7 @@ def describe(
         steps=sampler.num_steps,
         nfe=nfe,
         solver="sde" if getattr(sampler, "eta", 0.0) else "ode",
-        guidance=type(guidance).__name__ if guided else "none",
+        guidance=guidance.label if guided else "none",
         guidance_scale=scale if guided else None,
         guidance_interval=tuple(interval) if guided and interval is not None else None,
         network_dtype=pipeline.precision,

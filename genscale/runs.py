@@ -69,6 +69,20 @@ class RunFolder:
         return self.path / "evaluations"
 
     @property
+    def ema_snapshots_dir(self) -> Path:
+        """Where snapshots of averages are written, to make others of (``ema=posthoc``)."""
+        return self.path / "ema_snapshots"
+
+    @property
+    def averages_dir(self) -> Path:
+        """Where averages that were made after training are written."""
+        return self.path / "averages"
+
+    def averages(self) -> dict[str, Path]:
+        """Return the averages that were made after training, by name."""
+        return {path.stem: path for path in sorted(self.averages_dir.glob("[!.]*.safetensors"))}
+
+    @property
     def metrics_file(self) -> Path:
         """One JSON object a line: what was logged."""
         return self.path / "metrics.jsonl"

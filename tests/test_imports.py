@@ -38,7 +38,10 @@ MAY_IMPORT = {
     "rewards": ("data", "metrics"),
     "search": ("samplers", "rewards"),
     "report": ("io", "runs"),
+    "run_weights": ("io", "runs"),
+    "weak_models": ("guidance", "run_weights"),
     "pipeline": (
+        *("weak_models", "run_weights"),
         *("search", "samplers", "autoencoders", "data", "io", "resolution", "upscaling"),
         *("metrics", "assembly", "runs", "dist"),
     ),

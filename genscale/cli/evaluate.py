@@ -101,7 +101,7 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
     nfe = measure(suite, (keep(batch) for batch in progress))
     nfe = sum(dist.gather_objects(nfe)) / world_size
     protocol = describe(
-        pipeline, labels=law, num_samples=cfg.num_samples, nfe=nfe, weights=_weights_name(cfg)
+        pipeline, labels=law, num_samples=cfg.num_samples, nfe=nfe, weights=pipeline.origin.weights
     )
     values = suite.compute(protocol)
     folder = output_folder(cfg, "evaluations") if rank == 0 else None
@@ -111,6 +111,7 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
         "run": str(cfg.run),
         "checkpoint": str(cfg.checkpoint),
         "weights": cfg.weights,
+        "step": pipeline.origin.step,
         "num_samples": cfg.num_samples,
         "seed": cfg.seed,
         "sampler": sampler,
@@ -121,15 +122,6 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
     }
     images = torch.cat([batch.images for batch in kept]) if kept else torch.zeros(0)
     return folder, record, values, images, grid_columns(cfg, pipeline)
-
-
-def _weights_name(cfg: DictConfig) -> str:
-    """Name the weights as protocols do: ``raw``, or the average with its length."""
-    if cfg.weights == "raw":
-        return "raw"
-    path = Path(str(cfg.run)).expanduser() / "config.yaml"
-    law = RunFolder.open(cfg.run).config().get("ema", {}) if path.is_file() else {}
-    return f"ema_{law.get('decay', law.get('sigma_rel', ''))}"
 
 
 def _save_samples(folder: Path | None, kept: list[Generated]) -> None:

@@ -37,6 +37,7 @@ def run(cfg: DictConfig) -> None:
             "run": str(cfg.run),
             "checkpoint": str(cfg.checkpoint),
             "weights": cfg.weights,
+            "step": pipeline.origin.step,
             "num_samples": len(ids),
             "labels": OmegaConf.to_container(cfg.labels)
             if OmegaConf.is_config(cfg.labels)

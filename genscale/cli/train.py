@@ -107,9 +107,12 @@ def _callbacks(
     from genscale.training.callbacks.metrics import PeriodicMetrics
     from genscale.training.callbacks.progress import TrainProgress
     from genscale.training.callbacks.samples import SampleGrid
+    from genscale.training.callbacks.snapshots import EMASnapshots
     from genscale.training.callbacks.stop import GracefulStop
+    from genscale.training.ema import PosthocEMA
 
     pipeline = module_pipeline(cfg, module)
+    pipeline.ready(pipeline.guidance)  # what it names is read now, not at the first grid
     options = cfg.callbacks
     callbacks: list[Any] = [
         UpdateEMA(),
@@ -141,6 +144,8 @@ def _callbacks(
                 log=log,
             )
         )
+    if isinstance(module.ema_law, PosthocEMA):
+        callbacks.append(EMASnapshots(folder, module.ema_law, log=log))
     callbacks.append(
         RunCheckpoint(
             folder,
@@ -176,7 +181,7 @@ def module_pipeline(cfg: DictConfig, module: Any) -> Any:
     """Return a pipeline over the module's own average: it always samples the current one."""
     from genscale.pipeline import GenerationPipeline
 
-    return GenerationPipeline(
+    pipeline = GenerationPipeline(
         model=module.ema,
         autoencoder=module.autoencoder,
         objective=module.objective,
@@ -185,6 +190,36 @@ def module_pipeline(cfg: DictConfig, module: Any) -> Any:
         num_classes=int(cfg.data_info.num_classes or 0),
         class_names=tuple(cfg.data_info.class_names),
     )
+    pipeline.config = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    _guide_by_own_average(pipeline, module)
+    return pipeline
+
+
+def _guide_by_own_average(pipeline: Any, module: Any) -> None:
+    """Let autoguidance without another run lead away from a further average, as it is now."""
+    from genscale.guidance.autoguidance import Autoguidance
+    from genscale.io.weights import check_choice
+    from genscale.weak_models import WeakModel
+
+    if not isinstance(pipeline.guidance, Autoguidance) or pipeline.guidance.settings.run:
+        return
+    settings = pipeline.guidance.settings
+    networks = module.averages()
+    del networks["ema"]
+    if settings.checkpoint is not None:
+        raise ConfigError(
+            f"guidance.weak_checkpoint={settings.checkpoint} was given without guidance.weak_run, "
+            "but a run that is only starting has no checkpoints. Give guidance.weak_run=<folder>."
+        )
+    if not networks:
+        raise ConfigError(
+            "Autoguidance during training leads away from another run or another average, but "
+            "there is neither. Give guidance.weak_run=<folder>, or ema=several and "
+            "guidance.weak_weights=<one of them>; or give guidance=autoguidance to sample.py alone."
+        )
+    check_choice("guidance.weak_weights, without guidance.weak_run,", settings.weights, networks)
+    name = settings.weights
+    pipeline.weak_models.add(settings, WeakModel(networks[name], module.objective, f"own {name}"))
 
 
 def _begin(

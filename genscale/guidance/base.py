@@ -5,14 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from genscale.objectives.base import Denoiser
+from genscale.objectives.schedule import NoiseProcess
 
 
 class Guidance(ABC):
     """Turns a view into a guided view of the same signature, and counts its own cost."""
 
+    def check(self, process: NoiseProcess) -> list[str]:
+        """Return a sentence for everything that makes no sense on a model's noising process."""
+        return []
+
     @abstractmethod
     def wrap(self, view: Denoiser) -> Denoiser:
         """Return the guided view; branches run in one batch, each with a memory of its own."""
+
+    @property
+    def label(self) -> str:
+        """What protocols call it: everything that its scale and interval do not say."""
+        return type(self).__name__
 
 
 class Unguided(Guidance):

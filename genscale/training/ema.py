@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from genscale.errors import ConfigError
+from genscale.errors import ConfigError, did_you_mean
+
+SnapshotDtype = Literal["float32", "float16"]
 
 
 class EMA(ABC):
@@ -19,20 +24,36 @@ class EMA(ABC):
     def decay_at(self, step: int) -> float:
         """Return the share of the old average kept at optimizer step ``step`` (from 1)."""
 
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The public name of the average: ``ema_`` and its length, as protocols print it."""
+
+    def laws(self) -> tuple[EMA, ...]:
+        """Return the law of every average that is tracked, the main one first."""
+        return (self,)
+
     @torch.no_grad()
     def update(self, average: nn.Module, model: nn.Module, step: int) -> None:
         """Move ``average`` towards ``model``; the average stays float32 (DESIGN: never bfloat16).
 
-        One fused call over the local shards of all parameters; buffers are copied.
+        One fused call over the local shards of all parameters, without communication; buffers
+        are copied.
         """
         weight = 1.0 - self.decay_at(step)
-        targets = [p.detach() for p in average.parameters()]
-        sources = [p.detach() for p in model.parameters()]
+        targets = [_local(p) for p in average.parameters()]
+        sources = [_local(p) for p in model.parameters()]
         torch._foreach_lerp_(
             targets, [s.to(t.dtype) for s, t in zip(sources, targets, strict=True)], weight
         )
         for target, source in zip(average.buffers(), model.buffers(), strict=True):
-            target.copy_(source)
+            _local(target).copy_(_local(source))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor; writing to it writes to the tensor."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +79,18 @@ class ConstantEMA(EMA):
         """Return the decay of step ``step``."""
         return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
+    @property
+    def name(self) -> str:
+        """``ema_`` and the decay."""
+        return f"ema_{self.decay}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PowerEMA(EMA):
     """A power-function profile whose length is a share of the training so far (arXiv:2312.02696).
+
+    At step n, the weights of step m have the share (m / n)^(g + 1) - ((m - 1) / n)^(g + 1): the
+    integral of p(t) ~ t^g over the step, for any n.
 
     Args:
         sigma_rel: relative width of the profile, in (0, 0.28): 0.05 and 0.10 are usual.
@@ -90,3 +119,109 @@ class PowerEMA(EMA):
     def decay_at(self, step: int) -> float:
         """Return beta = (1 - 1/n)^(gamma + 1)."""
         return (1.0 - 1.0 / step) ** (self.gamma + 1.0) if step > 1 else 0.0
+
+    @property
+    def name(self) -> str:
+        """``ema_`` and the relative width."""
+        return f"ema_{self.sigma_rel}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeveralEMA(EMA):
+    """Several constant decays at once; the first one is the main average.
+
+    Args:
+        decays: the shares kept a step, each in [0, 1).
+        warmup: see :class:`ConstantEMA`.
+
+    Raises:
+        ConfigError: no decay, one twice, or one outside [0, 1).
+    """
+
+    decays: Sequence[float] = (0.999, 0.9999)
+    warmup: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "decays", _distinct("decays", self.decays))
+        for decay in self.decays:
+            ConstantEMA(decay=decay)
+
+    def laws(self) -> tuple[EMA, ...]:
+        """Return one constant decay each."""
+        return tuple(ConstantEMA(decay=decay, warmup=self.warmup) for decay in self.decays)
+
+    def decay_at(self, step: int) -> float:
+        """Return the main average's decay."""
+        return self.laws()[0].decay_at(step)
+
+    @property
+    def name(self) -> str:
+        """That of the main average."""
+        return self.laws()[0].name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PosthocEMA(EMA):
+    """Power-function profiles whose snapshots give any other length afterwards (arXiv:2312.02696).
+
+    Snapshots of all profiles are stored every ``snapshot_every`` steps and at the end;
+    ``python -m genscale.cli.posthoc`` combines them. Two profiles are the paper's choice.
+
+    Args:
+        sigma_rels: relative widths of the tracked profiles; the first is the main average.
+        snapshot_every: optimizer steps between snapshots; the more there are, the closer the
+            averages made of them come to tracked ones, short averages last.
+        snapshot_dtype: ``float32``, or ``float16`` for half the disk.
+
+    Raises:
+        ConfigError: no width, one twice or out of range, or another impossible setting.
+    """
+
+    sigma_rels: Sequence[float] = (0.05, 0.10)
+    snapshot_every: int = 1000
+    snapshot_dtype: SnapshotDtype = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sigma_rels", _distinct("sigma_rels", self.sigma_rels))
+        for sigma_rel in self.sigma_rels:
+            PowerEMA(sigma_rel=sigma_rel)
+        if not isinstance(self.snapshot_every, int) or self.snapshot_every < 1:
+            raise ConfigError(
+                f"ema.snapshot_every must be a whole number of at least 1, but "
+                f"{self.snapshot_every!r} was given. Give e.g. ema.snapshot_every=1000."
+            )
+        if self.snapshot_dtype not in get_args(SnapshotDtype):
+            raise ConfigError(
+                f"ema.snapshot_dtype must be float32 or float16, but {self.snapshot_dtype!r} was "
+                f"given.{did_you_mean(str(self.snapshot_dtype), get_args(SnapshotDtype))}"
+            )
+
+    def laws(self) -> tuple[EMA, ...]:
+        """Return one power-function profile each."""
+        return self.profiles()
+
+    def profiles(self) -> tuple[PowerEMA, ...]:
+        """Return the tracked profiles, the main one first."""
+        return tuple(PowerEMA(sigma_rel=sigma_rel) for sigma_rel in self.sigma_rels)
+
+    def decay_at(self, step: int) -> float:
+        """Return the main average's decay."""
+        return self.profiles()[0].decay_at(step)
+
+    @property
+    def name(self) -> str:
+        """That of the main average."""
+        return self.profiles()[0].name
+
+
+def _distinct(key: str, values: Sequence[float]) -> tuple[float, ...]:
+    """Return numbers of a list that has at least one and none twice."""
+    numbers = tuple(values) if isinstance(values, Sequence) else ()
+    plain = all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers)
+    if not numbers or not plain or len(set(numbers)) < len(numbers):
+        example = "[0.999,0.9999]" if key == "decays" else "[0.05,0.1]"
+        raise ConfigError(
+            f"ema.{key} must be a list of different numbers, but {values!r} was given. "
+            f"Give e.g. ema.{key}={example}."
+        )
+    return tuple(float(x) for x in numbers)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from genscale import rng
@@ -18,6 +18,7 @@ from genscale.flops import count_flops_by_module
 from genscale.io.images import from_uint8
 from genscale.objectives.base import Batch, Objective
 from genscale.rng import Purpose
+from genscale.run_weights import key_of
 from genscale.training.ema import EMA
 from genscale.training.lr_schedule import Schedule
 from genscale.training.optim import AdamW
@@ -36,7 +37,7 @@ class GenerativeModule(pl.LightningModule):
         objective: the loss.
         optimizer: factory of the optimizer.
         lr_schedule: factor of the learning rate by step.
-        ema: law of the weight average.
+        ema: law of the weight average, or of several.
         batch_size: samples of one optimizer step over all processes.
         condition_dropout: share of samples trained with the null condition.
         seed: seed of everything random.
@@ -60,6 +61,9 @@ class GenerativeModule(pl.LightningModule):
         super().__init__()
         self.model = model
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        self.further_averages = nn.ModuleDict(
+            {key_of(law.name): copy.deepcopy(self.ema) for law in ema.laws()[1:]}
+        )
         # held in a tuple: not a submodule, so that its weights stay out of checkpoints and DDP
         self._frozen = (autoencoder.requires_grad_(False).eval(),)
         self.objective = objective
@@ -86,6 +90,17 @@ class GenerativeModule(pl.LightningModule):
         """Training samples consumed so far, over all processes."""
         return self.step * self.batch_size
 
+    def averages(self) -> dict[str, Backbone]:
+        """Return all averaged networks by public name: ``ema``, then e.g. ``ema_0.9999``."""
+        further = [law.name for law in self.ema_law.laws()[1:]]
+        networks = {name: self.further_averages[key_of(name)] for name in further}
+        return {"ema": self.ema, **cast(dict[str, Backbone], networks)}
+
+    def update_averages(self) -> None:
+        """Move every average towards the model, after optimizer step ``step``."""
+        for law, average in zip(self.ema_law.laws(), self.averages().values(), strict=True):
+            law.update(average, self.model, self.step)
+
     def configure_model(self) -> None:
         """Compile the blocks in place (keys stay clean); Lightning may call this more than once."""
         if self.compile_blocks:
@@ -95,9 +110,10 @@ class GenerativeModule(pl.LightningModule):
             self.compile_blocks = False
 
     def train(self, mode: bool = True) -> GenerativeModule:
-        """Switch modes; the average always stays in eval mode."""
+        """Switch modes; averages always stay in eval mode."""
         super().train(mode)
         self.ema.eval()
+        self.further_averages.eval()
         return self
 
     def on_train_start(self) -> None:

@@ -1,4 +1,4 @@
-"""Updates the weight average; stands first, so that whatever saves or samples sees it fresh."""
+"""Updates the weight averages; stands first, so that whatever saves or samples sees it fresh."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from genscale.training.module import GenerativeModule
 
 
 class UpdateEMA(StepCallback):
-    """Moves ``module.ema`` towards ``module.model`` after every optimizer step."""
+    """Moves the averages towards ``module.model`` after every optimizer step."""
 
     def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
-        """Update the average."""
-        module.ema_law.update(module.ema, module.model, module.step)
+        """Update the averages."""
+        module.update_averages()
