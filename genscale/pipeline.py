@@ -44,6 +44,9 @@ from genscale.samplers.grid import GridSampler
 from genscale.samplers.step_cache import NoStepCache, StepCache
 from genscale.weak_models import WeakModels
 
+# the parts of a run's config that sampling needs
+EXPORTED = ("model", "autoencoder", "objective", "sampler", "guidance", "data_info")
+
 
 @dataclass(frozen=True, slots=True)
 class Generated:
@@ -285,9 +288,10 @@ class GenerationPipeline:
         """
         folder = Path(folder)
         self.model.save_pretrained(folder / "model")
-        kept = ("model", "autoencoder", "objective", "sampler", "guidance", "data_info")
         with atomic_write(folder / "genscale.json") as temporary:
-            temporary.write_text(json.dumps({key: config[key] for key in kept}, indent=2) + "\n")
+            temporary.write_text(
+                json.dumps({key: config[key] for key in EXPORTED}, indent=2) + "\n"
+            )
 
     @property
     def device(self) -> torch.device:

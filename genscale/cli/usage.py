@@ -69,7 +69,10 @@ _EXAMPLES = {
     ],
     "export": [
         ("run=outputs/latest out=exported/mine", "the averaged weights, for sample.py and Python"),
-        ("run=outputs/latest layout=official", "a state dict with the keys of the official program"),
+        (
+            "run=outputs/latest layout=official",
+            "a state dict with the keys of the official program",
+        ),
         ("run=outputs/latest layout=diffusers", "a DiT as diffusers loads it"),
     ],
     "import_checkpoint": [
@@ -116,12 +119,12 @@ def help_page(config_name: str, conf_dir: Path, program: str) -> str:
     lines = [f"usage: {program} [group=option ...] [key=value ...] [flags]", ""]
     lines += [_first_comment(text), ""]
     groups = _groups(text, conf_dir)
-    lines += ["Groups (group=option; * is the default):"]
+    lines += ["Groups (group=option; * is the default):"] if groups else []
     for group, chosen in groups.items():
         options = [f"{n}*" if n == chosen else n for n in _options(conf_dir / group)]
         if options:
             lines += _row(group, f"{_GROUPS.get(group, '')}".strip(), " ".join(options))
-    lines += ["", "Settings (key=value):"]
+    lines += [*([""] if groups else []), "Settings (key=value):"]
     for key, default, comment in _settings(text):
         lines += _row(f"{key}={default}", comment)
     for group in groups:

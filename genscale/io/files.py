@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,40 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``path``; on leaving, make it ``path`` in one step.
+
+    If the body raises, the temporary folder is removed with all that is in it.
+
+    Args:
+        path: the folder to write; it may be there as long as it is empty.
+
+    Yields:
+        Folder to write into.
+
+    Raises:
+        FileExistsError: ``path`` is a file, or a folder that is not empty; the body is not run.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(
+            f"{path} is there already, and a new or empty folder is needed. Give another one, or "
+            "remove it."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_folder(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(path.parent)
 

@@ -6,7 +6,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,20 @@ from genscale.errors import CheckpointError, did_you_mean
 from genscale.io.keys import check_keys, check_shapes, depth_sentence, shapes_of
 
 
-def read_checkpoint(path: Path | str) -> dict[str, Any]:
+def read_checkpoint(
+    path: Path | str,
+    *,
+    harmless: Sequence[type] = (),
+    advice: str = "Re-save it as a state dict, best as .safetensors.",
+) -> dict[str, Any]:
     """Read a ``.safetensors`` or torch file of tensors and plain containers, onto the CPU.
 
     Torch files are memory-mapped and read with ``weights_only=True``.
+
+    Args:
+        path: the file.
+        harmless: further classes to take, whose objects run nothing when they are made.
+        advice: what to do with a file of other objects.
 
     Raises:
         CheckpointError: the file is missing, truncated, or holds objects other than tensors and
@@ -38,13 +48,13 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(path) from error
     try:
-        content = _load_torch(path)
+        content = _load_torch(path, harmless)
     except pickle.UnpicklingError as error:
         # the file names a class or function to import
         if "GLOBAL" in str(error) or (not _is_zip(path) and _imports(path)):
             raise CheckpointError(
                 f"{path} holds Python objects that would run code when loaded; only tensors and "
-                "plain containers are read. Re-save it as a state dict, best as .safetensors."
+                f"plain containers are read. {advice}"
             ) from error
         raise _damaged(path) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError) as error:
@@ -57,9 +67,9 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     return content
 
 
-def _load_torch(path: Path) -> Any:
+def _load_torch(path: Path, harmless: Sequence[type]) -> Any:
     """Read a torch file, of today's zip format or the older one, without running code."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.serialization.safe_globals(list(harmless)):
         # of other pickle protocols; whether the file can be read is told by the error, if any
         warnings.filterwarnings("ignore", ".*pickle protocol.*")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))

@@ -1,0 +1,177 @@
+"""``python -m genscale.cli.import_checkpoint``: published weights as a folder of ours."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from genscale.cli.app import conf_directory
+from genscale.cli.app import main as front_door
+from genscale.cli.failures import report
+from genscale.cli.recipes import check_recipe, compose_recipe, nearest
+from genscale.errors import ConfigError, did_you_mean
+from genscale.io.converters import converter, families
+
+LAYOUTS = ("official", "diffusers")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; parameters of the network may be given without a prefix.
+
+    Returns:
+        exit status, see :func:`genscale.cli.app.main`.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        words = with_settings(arguments)
+    except Exception as error:
+        return report(error)
+    return front_door("import_checkpoint", "genscale.cli.import_checkpoint:run", argv=words)
+
+
+def with_settings(arguments: Sequence[str]) -> list[str]:
+    """Write words that are parameters of the network as entries of ``settings``.
+
+    Raises:
+        ConfigError: a word is neither a parameter nor a setting of the command.
+    """
+    own = list(OmegaConf.load(conf_directory() / "import_checkpoint.yaml"))
+    given = {key: value for key, _, value in (word.partition("=") for word in arguments)}
+    unknown = [key for key in given if key.isidentifier() and key not in own]
+    if not unknown:
+        return list(arguments)
+    if "family" not in given:
+        raise ConfigError(f"family was not given. Give family= one of {', '.join(families())}.")
+    backbone = converter(given["family"]).BACKBONE
+    parameters = list(inspect.signature(backbone).parameters)
+    for key in unknown:
+        if key not in parameters:
+            close = did_you_mean(key, [*map(str, own), *parameters])
+            raise ConfigError(
+                f"'{key}' is neither a setting of this command nor a parameter of "
+                f"{backbone.__name__}.{close or ' See --help.'}"
+            )
+    prefixed = {word: f"++settings.{word}" for word in arguments if word.split("=")[0] in unknown}
+    return [prefixed.get(word, word) for word in arguments]
+
+
+def run(cfg: DictConfig) -> None:
+    """Read the file, recognise the network, and write the folder."""
+    from genscale.io.files import atomic_folder
+    from genscale.io.model_card import model_card
+    from genscale.metrics.features import file_sha256
+    from genscale.pipeline import EXPORTED, GenerationPipeline
+
+    family = converter(cfg.family)
+    if cfg.recipe is not None:
+        check_recipe(str(cfg.recipe), conf_directory())
+    model = _network(cfg, family)
+    settings = {name: value for name, value in model.config.items() if name[0] != "_"}
+    recipe = cfg.recipe or nearest(cfg.family, settings, conf_directory())
+    backbone = family.BACKBONE
+    config = compose_recipe(
+        recipe,
+        target=f"{backbone.__module__}.{backbone.__qualname__}",
+        settings=settings,
+        autoencoder=OmegaConf.to_container(cfg.autoencoder, resolve=True),  # type: ignore[arg-type]
+    )
+    pipeline = GenerationPipeline.from_config(config, model=model)
+    target, file = Path(str(cfg.out)).expanduser(), Path(str(cfg.file)).expanduser()
+    digest = f", SHA-256 {file_sha256(str(file))}" if file.is_file() else ""
+    with atomic_folder(target) as folder:
+        pipeline.save_pretrained(folder, config)
+        card = model_card(
+            model,
+            {key: config[key] for key in EXPORTED},
+            origin=f"Converted from {file.name}{digest}, recipe {recipe}.",
+            use="python sample.py run=<this folder> num_samples=16",
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    _tell(cfg, config, model, recipe, target)
+
+
+def _network(cfg: DictConfig, family: ModuleType) -> Any:
+    """Read the file and return the network with its weights.
+
+    Raises:
+        ConfigError: settings that do not fit together.
+        CheckpointError: the file cannot be read, or is of another network.
+    """
+    import torch
+
+    from genscale.io.keys import on_meta
+    from genscale.io.weights import assign_strictly
+
+    _check_layout(cfg, family)
+    given: dict[str, Any] = OmegaConf.to_container(cfg.settings, resolve=True)  # type: ignore[assignment]
+    file = Path(str(cfg.file)).expanduser()
+    state, settings = _read(cfg, family, file, given)
+    model = on_meta(family.BACKBONE, {**settings, **given})
+    convert = family.from_diffusers if cfg.layout == "diffusers" else family.from_official
+    ours = convert(state, model)
+    assign_strictly(model, ours, device=torch.device("cpu"), source=file)
+    return model
+
+
+def _check_layout(cfg: DictConfig, family: ModuleType) -> None:
+    if cfg.layout not in LAYOUTS:
+        raise ConfigError(
+            f"layout must be one of {', '.join(LAYOUTS)}, but '{cfg.layout}' was given."
+            f"{did_you_mean(str(cfg.layout), LAYOUTS)}"
+        )
+    if cfg.layout == "diffusers":
+        if not hasattr(family, "from_diffusers"):
+            raise ConfigError(
+                f"layout=diffusers is known of family=dit, but family={cfg.family} was given. "
+                "Give layout=official."
+            )
+        if cfg.weights is not None:
+            raise ConfigError(
+                f"weights={cfg.weights} chooses among those of a training file, but folders of "
+                "diffusers hold one set. Leave it out."
+            )
+
+
+def _read(
+    cfg: DictConfig, family: ModuleType, file: Path, given: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state dict, and the settings that can be read off it."""
+    from genscale.io.published import read_diffusers, read_state_dict
+
+    if cfg.layout == "diffusers":
+        state, config = read_diffusers(file)
+        return state, family.config_from_diffusers(config)
+    state = read_state_dict(file, cfg.weights)
+    heads, size = given.get("num_heads"), given.get("input_size")
+    hints = {
+        "num_heads": heads if isinstance(heads, int) else None,
+        "input_size": size if isinstance(size, int) else None,
+    }
+    return state, family.config_from_state_dict(state, **hints)
+
+
+def _tell(cfg: DictConfig, config: dict[str, Any], model: Any, recipe: str, target: Path) -> None:
+    """Say what was recognised, and how to go on."""
+    from genscale.backbones.base import parameter_count
+
+    objective, sampler = (
+        config[part]["_target_"].rpartition(".")[2] for part in ("objective", "sampler")
+    )
+    print(
+        f"{type(model).__name__} of {parameter_count(model):,} parameters; recipe {recipe}: "
+        f"{objective}, {sampler}"
+    )
+    if config["autoencoder"].get("source", "") is None:
+        print("its pictures are latents: give autoencoder.source=<folder or hub id> to decode them")
+    print(f"sample:   python sample.py run={target} num_samples=16")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
