@@ -94,7 +94,11 @@ def measure(suite: EvaluationSuite, batches: Iterable[Generated]) -> float:
 
 
 def periodic(
-    suite: EvaluationSuite, datamodule: ImageDataModule, *, seed: int
+    suite: EvaluationSuite,
+    datamodule: ImageDataModule,
+    *,
+    seed: int,
+    labels: LabelLaw = "balanced",
 ) -> Callable[[GenerationPipeline, int, int, int], dict[str, float]]:
     """Return the function that the training callback calls; the reference is made on first use."""
     ready: list[bool] = []
@@ -103,15 +107,17 @@ def periodic(
         pipeline: GenerationPipeline, num_samples: int, rank: int, world_size: int
     ) -> dict[str, float]:
         if not ready:
-            fit_reference(suite.to(pipeline.device), datamodule)
+            suite.to(pipeline.device)
+            if suite.reference is None:
+                fit_reference(suite, datamodule)
             ready.append(True)
         suite.reset()
         stream = pipeline.stream(
-            num_samples=num_samples, seed=seed, rank=rank, world_size=world_size
+            num_samples=num_samples, labels=labels, seed=seed, rank=rank, world_size=world_size
         )
         nfe = measure(suite, stream)
         protocol = describe(
-            pipeline, labels="balanced", num_samples=num_samples, nfe=nfe, weights="ema"
+            pipeline, labels=labels, num_samples=num_samples, nfe=nfe, weights="ema"
         )
         return {value.name: value.value for value in suite.compute(protocol)}
 

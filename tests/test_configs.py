@@ -19,7 +19,7 @@ GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and any(p.glob("*.y
 ON_DISK = {("data", "fashion_mnist"), ("data", "image_folder"), ("data", "imagenet256")}
 ON_DISK |= {("data", name) for name in ("latents", "imagenet256_latents", "imagenet512_latents")}
 # filled in from a run by sample.py
-READ_BACK = {("sampler", "run"), ("guidance", "run"), ("autoencoder", "run")}
+READ_BACK = {("sampler", "run"), ("guidance", "run"), ("autoencoder", "run"), ("metrics", "run")}
 
 OF_SAMPLING = {"step_cache"}  # groups that training does not have
 

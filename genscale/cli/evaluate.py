@@ -17,6 +17,7 @@ from genscale.cli.app import instantiate
 from genscale.cli.loading import datasets_of, load_pipeline, output_folder
 from genscale.cli.numbers import check_numbers
 from genscale.cli.progress import track
+from genscale.cli.run_protocol import settle
 from genscale.cli.sample import grid_columns, label_law
 from genscale.errors import ConfigError
 from genscale.evaluation import as_record, describe, fit_reference, measure
@@ -32,6 +33,7 @@ GRID = 100  # pictures shown in the report
 def run(cfg: DictConfig) -> None:
     """Evaluate ``cfg.run``, or the files ``cfg.samples`` and ``cfg.reference``."""
     started = time.perf_counter()
+    settle(cfg)
     check_numbers(cfg, {"num_samples": 1, "batch_size": 1, "seed": None})
     rank, world_size = dist.initialise()
     suite = instantiate(cfg.metrics, "metrics", **_reference(cfg))
@@ -78,7 +80,9 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
     """Sample from a run and measure."""
     pipeline, sampler, guidance = load_pipeline(cfg)
     suite.to(pipeline.device)
-    if cfg.reference is None:
+    if rank == 0:
+        suite.watch = lambda batches, what, total: track(batches, what, total=total)
+    if suite.reference is None:
         fit_reference(suite, datasets_of(cfg.run))
     law = label_law(cfg)
     stream = pipeline.stream(
@@ -113,6 +117,7 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
         "weights": cfg.weights,
         "step": pipeline.origin.step,
         "num_samples": cfg.num_samples,
+        "labels": law,
         "seed": cfg.seed,
         "sampler": sampler,
         "guidance": guidance,

@@ -13,7 +13,10 @@ from genscale.errors import ConfigError
 from genscale.runs import RunFolder, new_folder, newest_run
 
 # what may differ between a run and its continuation
-FREE_ON_RESUME = ("trainer", "logger", "callbacks", "resume", "run_dir", "paths")
+FREE_ON_RESUME = (
+    *("trainer", "logger", "callbacks", "checkpoint_blocks", "evaluation"),
+    *("resume", "run_dir", "paths"),
+)
 _RUN_DIR_VARIABLE = "GENSCALE_RUN_DIR"  # tells processes that Lightning starts where the run is
 
 

@@ -15,6 +15,8 @@ from genscale.cli.app import instantiate
 from genscale.cli.autoencoding import autoencoder_problems
 from genscale.cli.combinations import combination_problems
 from genscale.cli.numbers import number_problems
+from genscale.cli.sample import label_law
+from genscale.conditioning.labels import labels_for
 from genscale.errors import ConfigError, GenscaleError, ParallelError, require
 
 # whole numbers and the least allowed
@@ -33,6 +35,7 @@ _LEAST = {
     "callbacks.metrics_every": 0,
     "callbacks.metrics_samples": 2,
     "callbacks.max_bad_steps": 1,
+    "evaluation.num_samples": 1,
 }
 
 
@@ -103,8 +106,8 @@ def check(cfg: DictConfig) -> Any:
         problems.append(
             f"condition_dropout must be in [0, 1], but {share} was given. Give e.g. 0.1."
         )
-    built: list[Any] = []
-    problems += _problem_of(lambda: built.append(instantiate(cfg.data, "data")))
+    parts: dict[str, Any] = {}
+    of_parts: list[str] = []
     for path in ("objective", "sampler", "guidance", "optim", "lr_schedule", "ema"):
         of_parts += _problem_of(partial(_build_into, parts, cfg, path))
     misfits = combination_problems(cfg.model, parts.get("objective"), parts.get("guidance"))
@@ -115,7 +118,8 @@ def check(cfg: DictConfig) -> Any:
         problems += _problem_of(partial(_check_labels, cfg, parts["data"].num_classes or 0))
         problems += _problem_of(partial(_check_autoencoder, cfg, parts["data"]))
     if cfg.callbacks.metrics_every > 0:
-        problems += instantiate(cfg.metrics, "metrics").check()
+        suite = instantiate(cfg.metrics, "metrics")
+        problems += suite.check(num_samples=cfg.callbacks.metrics_samples)
     for node in cfg.logger.values():
         problems += _problem_of(partial(_require_logger, node._target_.rpartition(".")[2]))
     if problems:

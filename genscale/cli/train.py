@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from genscale.cli.app import instantiate
 from genscale.cli.placing import locate
+from genscale.cli.sample import label_law
 from genscale.cli.startup import (
     adopt_data,
     check,
@@ -69,6 +70,7 @@ def _assemble(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> tuple[Any,
         condition_dropout=cfg.condition_dropout if datamodule.num_classes else 0.0,
         seed=cfg.seed,
         compile_blocks=cfg.compile,
+        checkpoint_blocks=cfg.checkpoint_blocks,
     )
     log = TrainLog(
         RunLog(folder.metrics_file),
@@ -134,7 +136,12 @@ def _callbacks(
     if options.metrics_every > 0:
         from genscale.evaluation import periodic
 
-        evaluate = periodic(instantiate(cfg.metrics, "metrics"), datamodule, seed=cfg.seed)
+        evaluate = periodic(
+            instantiate(cfg.metrics, "metrics"),
+            datamodule,
+            seed=cfg.seed,
+            labels=label_law(cfg.evaluation),
+        )
         callbacks.append(
             PeriodicMetrics(
                 pipeline,
@@ -278,10 +285,13 @@ def _end(cfg: DictConfig, folder: RunFolder, trainer: Any, module: Any, log: Any
 def _export(cfg: DictConfig, folder: RunFolder, trainer: Any, module: Any, log: Any) -> None:
     from genscale.backbones.base import parameter_count
     from genscale.io.files import write_json
+    from genscale.pipeline import GenerationPipeline
     from genscale.report import write_report
 
     config = OmegaConf.to_container(cfg, resolve=True)
-    module_pipeline(cfg, module).save_pretrained(folder.path / "export", config)
+    # the last checkpoint: there, the weights are whole whatever the strategy
+    pipeline = GenerationPipeline.from_run(folder.path, device="cpu")
+    pipeline.save_pretrained(folder.path / "export", config)
     summary = {
         "steps": module.step,
         "samples_seen": module.samples_seen,
@@ -298,7 +308,7 @@ def _export(cfg: DictConfig, folder: RunFolder, trainer: Any, module: Any, log: 
     print(json.dumps(summary))
     print(f"report: {_shown(report)}")
     print(f"sample:   python sample.py run={shown} num_samples=64 guidance.scale=2")
-    print(f"evaluate: python evaluate.py run={shown} num_samples=500")
+    print(f"evaluate: python evaluate.py run={shown} num_samples={cfg.evaluation.num_samples}")
 
 
 def _shown(path: Path) -> Path:

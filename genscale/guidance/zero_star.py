@@ -10,7 +10,7 @@ from genscale.errors import ConfigError
 from genscale.guidance.branches import BranchGuidance, Guided, Rows, extrapolate
 from genscale.objectives.base import Denoiser, Prediction, on
 from genscale.objectives.conversion import Extras, clean_and_noise
-from genscale.objectives.schedule import DiscreteVP
+from genscale.objectives.schedule import DiscreteVP, NoiseProcess
 
 
 class ZeroStar(BranchGuidance):
@@ -45,17 +45,23 @@ class ZeroStar(BranchGuidance):
             )
         self.zero_above = None if zero_above is None else float(zero_above)
 
+    def check(self, process: NoiseProcess) -> list[str]:
+        """Return a sentence for a table of noise steps, along which there is no velocity."""
+        if not isinstance(process, DiscreteVP):
+            return []
+        return [
+            "guidance=cfg_zero_star guides the velocity of a flow, but the objective's process "
+            "has separate noise steps. Use guidance=cfg, or a flow objective."
+        ]
+
     def wrap(self, view: Denoiser) -> Denoiser:
         """Return the guided view.
 
         Raises:
-            ConfigError: the process is a table of noise steps, along which there is no velocity.
+            ConfigError: see :meth:`check`.
         """
-        if isinstance(view.process, DiscreteVP):
-            raise ConfigError(
-                "guidance=cfg_zero_star guides the velocity of a flow, but the objective's process "
-                "has separate noise steps. Use guidance=cfg, or a flow objective."
-            )
+        for problem in self.check(view.process):
+            raise ConfigError(problem)
         return super().wrap(view)
 
     def combine(self, own: Prediction, other: Prediction, rows: Rows) -> Guided:
