@@ -22,6 +22,8 @@ from genscale.run_weights import key_of
 from genscale.training.ema import EMA
 from genscale.training.lr_schedule import Schedule
 from genscale.training.optim import AdamW
+from genscale.training.parallel import clip_gradients, scale_out
+from genscale.training.strategy import FullySharded
 
 
 class GenerativeModule(pl.LightningModule):
@@ -42,6 +44,7 @@ class GenerativeModule(pl.LightningModule):
         condition_dropout: share of samples trained with the null condition.
         seed: seed of everything random.
         compile_blocks: compile each block of the backbone in place.
+        checkpoint_blocks: recompute activations of blocks in the backward pass.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class GenerativeModule(pl.LightningModule):
         condition_dropout: float = 0.0,
         seed: int = 0,
         compile_blocks: bool = False,
+        checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -74,6 +78,7 @@ class GenerativeModule(pl.LightningModule):
         self.condition_dropout = condition_dropout
         self.seed = seed
         self.compile_blocks = compile_blocks
+        self.checkpoint_blocks = checkpoint_blocks
         self.flops = count_flops_by_module(model, model.sample_shape)  # of one sample's forward
         self.step = 0  # optimizer steps taken, skipped ones included
         self.terms: dict[str, Tensor] = {}  # of the last batch: detached, on the device
@@ -102,12 +107,15 @@ class GenerativeModule(pl.LightningModule):
             law.update(average, self.model, self.step)
 
     def configure_model(self) -> None:
-        """Compile the blocks in place (keys stay clean); Lightning may call this more than once."""
-        if self.compile_blocks:
-            for module in self.model.modules():
-                if type(module).__name__ in self.model.block_classes:
-                    module.compile()
-            self.compile_blocks = False
+        """Recompute, compile and shard blocks in place; Lightning may call this more than once."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        scale_out(
+            self.model,
+            list(self.averages().values()),
+            checkpoint_blocks=self.checkpoint_blocks,
+            compile_blocks=self.compile_blocks,
+            shards=strategy.shards if isinstance(strategy, FullySharded) else None,
+        )
 
     def train(self, mode: bool = True) -> GenerativeModule:
         """Switch modes; averages always stay in eval mode."""
@@ -166,10 +174,8 @@ class GenerativeModule(pl.LightningModule):
 
         Gradients are already reduced, so every process sees the same norm and skips together.
         """
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
         limit = float(gradient_clip_val or 0.0) or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
-        self.gradient_norm = norm.detach()
+        self.gradient_norm = clip_gradients(self.model.parameters(), limit)
         # read by fused optimizers on the device: no host sync to skip a step
         optimizer.found_inf = (~torch.isfinite(self.gradient_norm)).float()  # type: ignore[attr-defined]
 

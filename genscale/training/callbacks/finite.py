@@ -9,6 +9,7 @@ from torch import Tensor
 from genscale.errors import GenscaleError
 from genscale.training.callbacks.base import StepCallback, due
 from genscale.training.module import GenerativeModule
+from genscale.training.parallel import gradient_norm
 
 
 class FiniteGuard(StepCallback):
@@ -55,11 +56,7 @@ class FiniteGuard(StepCallback):
         first = (module.step - 1) * module.batch_size
         last = first + module.batch_size - 1
         norms = {
-            name: float(
-                torch.stack(
-                    [p.grad.norm() for p in child.parameters() if p.grad is not None]
-                ).norm()
-            )
+            name: float(gradient_norm(child.parameters()))  # all processes are here
             for name, child in module.model.named_children()
             if any(p.grad is not None for p in child.parameters())
         }

@@ -11,6 +11,7 @@ from genscale.pipeline import GenerationPipeline
 from genscale.training.callbacks.base import StepCallback, due
 from genscale.training.callbacks.log import TrainLog
 from genscale.training.module import GenerativeModule
+from genscale.training.parallel import whole
 
 Evaluate = Callable[[GenerationPipeline, int, int, int], dict[str, float]]
 
@@ -48,9 +49,10 @@ class PeriodicMetrics(StepCallback):
         if not due(module.step, self.every, trainer.max_steps):
             return
         started = time.perf_counter()
-        values = self.evaluate(
-            self.pipeline, self.num_samples, trainer.global_rank, trainer.world_size
-        )
+        with whole(module.averages().values()):  # shares, and the steps they take, are unlike
+            values = self.evaluate(
+                self.pipeline, self.num_samples, trainer.global_rank, trainer.world_size
+            )
         row = {f"eval/{name}": value for name, value in values.items()}
         if trainer.is_global_zero:
             progress = {

@@ -12,6 +12,7 @@ from genscale.runs import RunFolder
 from genscale.training.callbacks.base import StepCallback, due
 from genscale.training.callbacks.log import TrainLog
 from genscale.training.module import GenerativeModule
+from genscale.training.parallel import whole
 
 
 class SampleGrid(StepCallback):
@@ -48,12 +49,17 @@ class SampleGrid(StepCallback):
         if not due(module.step, self.every, trainer.max_steps):
             return
         started = time.perf_counter()
-        if trainer.is_global_zero:
-            classes = self.pipeline.num_classes
-            columns = classes if 2 <= classes <= 16 else None
-            images = self.pipeline.generate(num_samples=self.count, seed=self.seed)
-            path = self.run.samples_dir / f"step-{module.step:08d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_grid(images, path, columns=columns)
-        trainer.strategy.barrier("samples")
+        # where averages are sharded, all processes hold them whole for the first one
+        with whole(module.averages().values()):
+            if trainer.is_global_zero:
+                self._write(module.step)
+            trainer.strategy.barrier("samples")
         self.train_log.exclude(time.perf_counter() - started)
+
+    def _write(self, step: int) -> None:
+        classes = self.pipeline.num_classes
+        columns = classes if 2 <= classes <= 16 else None
+        images = self.pipeline.generate(num_samples=self.count, seed=self.seed)
+        path = self.run.samples_dir / f"step-{step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_grid(images, path, columns=columns)
