@@ -359,6 +359,18 @@ def estimates(state: State) -> tuple[Tensor, Tensor]:
     return state.clean, state.noise
 
 
+def either(choose: Tensor, one: Level, other: Level) -> Level:
+    """Return the levels of ``one`` where ``choose`` ``(B,)``, of ``other`` elsewhere."""
+    time = None
+    if one.time is not None and other.time is not None:
+        time = torch.where(choose, one.time, other.time)
+    return Level(
+        torch.where(choose, one.alpha, other.alpha),
+        torch.where(choose, one.sigma, other.sigma),
+        time,
+    )
+
+
 def _shared(step: Tensor) -> Tensor:
     """Return ``(1,)`` where all particles stand at one step, so that one level serves all."""
     return step[:1] if bool((step == step[0]).all()) else step

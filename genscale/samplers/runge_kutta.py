@@ -137,12 +137,12 @@ class RungeKutta(GridSampler):
         cost = torch.zeros_like(state.nfe)
         for node, row in zip(tableau.nodes, tableau.rows, strict=True):
             time = process.time_at(then) if node == 1.0 else begin + node * length
-            there = x + on(length, x) * _weighted(row, slopes)
+            there = x + on(length, x) * weighted(row, slopes)
             level: Level = process.level(time)
             out = model(there, level, state.cond, state.pending)
             cost = cost + out.cost
             slopes.append(slope_of(process, time, out.clean, out.noise))
-        return x + on(length, x) * _weighted(tableau.weights, slopes), cost
+        return x + on(length, x) * weighted(tableau.weights, slopes), cost
 
 
 def slope_of(process: NoiseProcess, time: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
@@ -151,7 +151,8 @@ def slope_of(process: NoiseProcess, time: Tensor, clean: Tensor, noise: Tensor) 
     return on(alpha_rate, clean) * clean + on(sigma_rate, clean) * noise
 
 
-def _weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+def weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+    """Return the sum of slopes by their weights."""
     terms = [weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight != 0.0]
     total = terms[0]
     for term in terms[1:]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from genscale.errors import ConfigError
 from genscale.objectives.base import Denoiser, Level, on
 from genscale.samplers.base import State
-from genscale.samplers.grid import GridSampler, Precision, Schedule, estimates
+from genscale.samplers.grid import GridSampler, Precision, Schedule, either, estimates
 from genscale.samplers.ode import euler_step
 from genscale.samplers.schedules import noise_ratio
 
@@ -89,7 +89,7 @@ class DPMSolver2S(GridSampler):
         middle = process.level(torch.where(pure, middle_time, process.time_of(log_middle)))
         there = _first_order(x, clean, now, middle)
         out = model(there, middle, state.cond, state.pending)
-        base, begin = torch.where(on(pure.double(), x) > 0, there, x), _either(pure, middle, now)
+        base, begin = torch.where(on(pure.double(), x) > 0, there, x), either(pure, middle, now)
         below = Level(then.alpha, then.alpha * down)
         moved = _first_order(base, out.clean, begin, below)
         return moved + on(then.alpha * up, x) * noise, out.cost
@@ -100,9 +100,3 @@ def _first_order(x: Tensor, clean: Tensor, begin: Level, end: Level) -> Tensor:
     keep = end.sigma / begin.sigma
     # alpha' e^-h is alpha sigma' / sigma, without a logarithm of 0
     return on(keep, x) * x + on(end.alpha - begin.alpha * keep, x) * clean
-
-
-def _either(choose: Tensor, one: Level, other: Level) -> Level:
-    return Level(
-        torch.where(choose, one.alpha, other.alpha), torch.where(choose, one.sigma, other.sigma)
-    )

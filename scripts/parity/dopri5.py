@@ -11,18 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from genscale.samplers.adaptive import ERROR_WEIGHTS
 from genscale.samplers.runge_kutta import TABLEAUS
 
-# weights of order 5 less those of order 4, with the slope at the end of the step
-_ERROR = (
-    35 / 384 - 1951 / 21600,
-    0.0,
-    500 / 1113 - 22642 / 50085,
-    125 / 192 - 451 / 720,
-    -2187 / 6784 + 12231 / 42400,
-    11 / 84 - 649 / 6300,
-    -1.0 / 60.0,
-)
 # weights of the slopes at the middle of the step (Shampine 1986)
 _MIDDLE = (
     6025192743 / 30085553152 / 2,
@@ -50,7 +41,7 @@ def integrate(
     time = start
     while True:
         after, slopes = _step(slope, y, first, time, length)
-        error = length * _sum(_ERROR, slopes)
+        error = length * _sum(ERROR_WEIGHTS, slopes)
         scale = atol + rtol * torch.maximum(y.abs(), after.abs())
         ratio = _rms(error / scale)
         if ratio <= 1.0:
