@@ -104,8 +104,10 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
     progress = track(stream, "sampling", total=share, show=rank == 0)
     nfe = measure(suite, (keep(batch) for batch in progress))
     nfe = sum(dist.gather_objects(nfe)) / world_size
+    origin = pipeline.origin
+    assert origin is not None  # it was loaded just now
     protocol = describe(
-        pipeline, labels=law, num_samples=cfg.num_samples, nfe=nfe, weights=pipeline.origin.weights
+        pipeline, labels=law, num_samples=cfg.num_samples, nfe=nfe, weights=origin.weights
     )
     values = suite.compute(protocol)
     folder = output_folder(cfg, "evaluations") if rank == 0 else None
@@ -115,7 +117,7 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
         "run": str(cfg.run),
         "checkpoint": str(cfg.checkpoint),
         "weights": cfg.weights,
-        "step": pipeline.origin.step,
+        "step": origin.step,
         "num_samples": cfg.num_samples,
         "labels": law,
         "seed": cfg.seed,

@@ -14,9 +14,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from genscale.cli.app import conf_directory
-from genscale.cli.loading import is_exported
 from genscale.errors import ConfigError
 from genscale.pipeline import exported_config
+from genscale.run_weights import is_exported
 from genscale.runs import RunFolder
 
 

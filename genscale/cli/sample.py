@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> None:
             "run": str(cfg.run),
             "checkpoint": str(cfg.checkpoint),
             "weights": cfg.weights,
-            "step": pipeline.origin.step,
+            "step": None if pipeline.origin is None else pipeline.origin.step,
             "num_samples": len(ids),
             "labels": OmegaConf.to_container(cfg.labels)
             if OmegaConf.is_config(cfg.labels)
