@@ -168,9 +168,11 @@ def _tell(cfg: DictConfig, config: dict[str, Any], model: Any, recipe: str, targ
         f"{type(model).__name__} of {parameter_count(model):,} parameters; recipe {recipe}: "
         f"{objective}, {sampler}"
     )
-    if config["autoencoder"].get("source", "") is None:
-        print("its pictures are latents: give autoencoder.source=<folder or hub id> to decode them")
-    print(f"sample:   python sample.py run={target} num_samples=16")
+    needs_source = config["autoencoder"].get("source", "") is None
+    if needs_source:
+        print("its pictures are latents, whose autoencoder is a file of its own: name it to sample")
+    source = " autoencoder.source=<folder or hub id>" if needs_source else ""
+    print(f"sample:   python sample.py run={target} num_samples=16{source}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ _EXAMPLES = {
         ("run=outputs/latest out=exported/mine", "the averaged weights, for sample.py and Python"),
         (
             "run=outputs/latest layout=official",
-            "a state dict with the keys of the official program",
+            "a state dict with the official program's keys",
         ),
         ("run=outputs/latest layout=diffusers", "a DiT as diffusers loads it"),
     ],

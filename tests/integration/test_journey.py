@@ -1,8 +1,12 @@
-"""Per family: train, resume, sample, evaluate, export, reload. A new family adds one line."""
+"""Per family: train, resume, sample, evaluate, export, reload. A new family adds one line.
+
+What is the same for all families (formats, places, files without a run) is tested on the first.
+"""
 
 from __future__ import annotations
 
 import json
+import shlex
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +14,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from genscale.assembly import build
+from genscale.cli import import_checkpoint
+from genscale.conditioning.base import Conditioning
 from genscale.io.images import load_npz
 from genscale.io.weights import read_checkpoint
 from genscale.pipeline import GenerationPipeline
@@ -18,8 +25,18 @@ from genscale.runs import RunFolder, read_jsonl
 # family -> the settings that make it small enough for twenty steps in a second
 FAMILIES = {
     "dimr": ("model.hidden_sizes=[16,8]", "model.depths=[1,1]", "model.num_heads=2"),
+    "dit": ("model.hidden_size=16", "model.depth=1", "model.num_heads=2"),
+    "lamamba": (
+        *("model.hidden_sizes=[8,16,32,32]", "model.depths=[1,0,0,0]", "model.num_heads=2"),
+        "model.window_size=2",
+    ),
+    "sit": ("model.hidden_size=16", "model.depth=1", "model.num_heads=2"),
+    "uvit": ("model.hidden_size=16", "model.depth=3", "model.num_heads=2"),
 }
 SMALL = ("debug=smoke", "data.resolution=8", "batch_size=8", "sampler.steps=3")
+
+
+one_family = pytest.mark.parametrize("journey", ["dimr"], indirect=True)
 
 
 class Journey(NamedTuple):
@@ -57,6 +74,7 @@ def test_one_folder_holds_the_run(journey: Journey) -> None:
     assert hidden == []  # no temporary file is left
 
 
+@one_family
 def test_what_was_written_can_be_read(journey: Journey) -> None:
     summary = json.loads((journey.run / "summary.json").read_text())
     assert summary["steps"] == 30
@@ -72,6 +90,7 @@ def test_what_was_written_can_be_read(journey: Journey) -> None:
     assert environment["versions"]["torch"] == torch.__version__
 
 
+@one_family
 def test_sampling_in_every_format(journey: Journey, command: Any, tmp_path: Path) -> None:
     common = (f"run={journey.run}", "num_samples=12", "labels=[3,7]", "seed=5")
     for form in ("grid", "png", "npz"):
@@ -97,6 +116,7 @@ def test_sampling_in_every_format(journey: Journey, command: Any, tmp_path: Path
     assert torch.equal(same.expand(-1, 3, -1, -1), pixels.permute(0, 3, 1, 2))
 
 
+@one_family
 def test_results_without_out_dir_go_into_the_run(journey: Journey, command: Any) -> None:
     folders = set()
     for _ in range(2):  # within the same second: nothing is overwritten
@@ -138,6 +158,7 @@ def test_evaluation(journey: Journey, command: Any, tmp_path: Path) -> None:
     assert labels.tolist() == list(range(10)) * 4
 
 
+@one_family
 def test_files_are_evaluated_without_a_run(journey: Journey, command: Any, tmp_path: Path) -> None:
     for seed in (0, 1):
         words = ("num_samples=20", f"seed={seed}", "format=npz", f"out_dir={tmp_path / str(seed)}")
@@ -169,6 +190,7 @@ def test_export_equals_the_run_bit_for_bit(journey: Journey) -> None:
     assert exported.class_names == ours.class_names == tuple("0123456789")
 
 
+@one_family
 def test_an_exported_folder_is_sampled_like_a_run(
     journey: Journey, command: Any, tmp_path: Path
 ) -> None:
@@ -200,3 +222,61 @@ def test_an_earlier_checkpoint_can_be_sampled(journey: Journey) -> None:
     late = GenerationPipeline.from_run(journey.run, device="cpu")
     settings = {"num_samples": 4, "seed": 0}
     assert not torch.equal(early.generate(**settings), late.generate(**settings))
+
+
+def predict(pipeline: GenerationPipeline) -> torch.Tensor:
+    """Return what the network says of three noisy pictures."""
+    x = torch.randn(3, *pipeline.model.sample_shape, generator=torch.Generator().manual_seed(1))
+    cond = Conditioning(labels=torch.tensor([0, 7, -1]))
+    with torch.no_grad():
+        return pipeline.model(x, torch.tensor([0.1, 0.5, 0.9]), cond).sample
+
+
+def test_a_model_filled_on_the_meta_device_computes_what_a_built_one_does(
+    journey: Journey,
+) -> None:
+    pipeline = GenerationPipeline.from_run(journey.run, device="cpu")
+    built = build(RunFolder(journey.run).config()["model"], path="model").eval()
+    built.load_state_dict(pipeline.model.state_dict())
+    assert [name for name, _ in built.named_buffers()] == [
+        name for name, _ in pipeline.model.named_buffers()
+    ]
+    found = predict(pipeline)
+    pipeline.model = built
+    assert torch.equal(predict(pipeline), found)
+
+
+def test_the_export_command_writes_any_weights_of_the_run(
+    journey: Journey, command: Any, tmp_path: Path
+) -> None:
+    which = ("weights=raw", "checkpoint=20")
+    answer = command("export", f"run={journey.run}", *which, f"out={tmp_path / 'raw'}")
+    assert answer.status == 0, answer.err
+    exported = GenerationPipeline.from_pretrained(tmp_path / "raw", device="cpu")
+    own = GenerationPipeline.from_run(journey.run, checkpoint=20, weights="raw", device="cpu")
+    settings = {"num_samples": 4, "seed": 3}
+    assert torch.equal(exported.generate(**settings), own.generate(**settings))
+
+
+def test_official_files_come_back_by_the_command_on_their_card(
+    journey: Journey, command: Any, tmp_path: Path
+) -> None:
+    official, back = tmp_path / "official", tmp_path / "back"
+    answer = command("export", f"run={journey.run}", "layout=official", f"out={official}")
+    assert answer.status == 0, answer.err
+    same = read_checkpoint(official / "model.pth")
+    assert all(
+        torch.equal(tensor, same.pop(name))
+        for name, tensor in read_checkpoint(official / "model.safetensors").items()
+    )
+    assert same == {}
+    card = (official / "README.md").read_text()
+    line = next(x for x in card.splitlines() if x.startswith("python -m genscale.cli.import_check"))
+    words = shlex.split(line.replace("<new folder>", str(back)))[3:]
+    words = [word.replace("model.safetensors", f"{official}/model.safetensors") for word in words]
+    assert import_checkpoint.main(words) == 0
+    ours = GenerationPipeline.from_run(journey.run, device="cpu")
+    theirs = GenerationPipeline.from_pretrained(back, device="cpu")
+    private = {name: value for name, value in ours.model.config.items() if name[0] != "_"}
+    assert private.items() <= theirs.model.config.items()
+    assert torch.equal(predict(theirs), predict(ours))
