@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # what diffusers assumes where config.json does not say
-_ASSUMED = {"latent_channels": 4, "block_out_channels": [64]}
+_ASSUMED: dict[str, Any] = {"latent_channels": 4, "block_out_channels": [64]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def load(folder: Path, source: Source) -> AutoencoderKL:
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    problem: object
+    vae: AutoencoderKL
     try:
         # building draws initial weights: the numbers of a run must not depend on when that is
         with torch.random.fork_rng(devices=[]):
@@ -177,4 +177,5 @@ def load(folder: Path, source: Source) -> AutoencoderKL:
             f"(first: {[*missing, *unexpected][0]}). The file belongs to another config.json; "
             "copy both again."
         )
-    return vae.requires_grad_(False).eval()
+    vae.requires_grad_(False).eval()
+    return vae

@@ -82,7 +82,8 @@ class KL(Variational):
             )
         vae = self._loaded("encode").to(images.device)
         with torch.autocast(images.device.type, enabled=False):
-            return vae.encode(images.float()).latent_dist.parameters
+            moments: Tensor = vae.encode(images.float()).latent_dist.parameters
+        return moments
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents; see :meth:`Autoencoder.decode`.
@@ -92,7 +93,8 @@ class KL(Variational):
             CheckpointError: the weights cannot be loaded.
         """
         vae = self._loaded("decode").to(latents.device)
-        return vae.decode(latents / self.scale + self.shift).sample
+        images: Tensor = vae.decode(latents / self.scale + self.shift).sample
+        return images
 
     def check(self, *, encodes: bool, decodes: bool) -> list[str]:
         """Return a sentence for a source that is lacking, not there, or contradicts the settings.

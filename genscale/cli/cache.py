@@ -47,9 +47,9 @@ def run(cfg: DictConfig) -> None:
         for part in parts:
             every |= part
         CacheIndex(plan, index.source, tuple(every[i] for i in sorted(every))).write(folder)
-        size = sum(record.bytes for record in every.values()) / 2**20
+        size = _shown(sum(record.bytes for record in every.values()))
         print(
-            f"{plan.count} pictures in {len(every)} shards, {size:.1f} MiB"
+            f"{plan.count} pictures in {len(every)} shards, {size}"
             f"{f' ({len(present)} shards were there)' if present else ''}: {folder}"
         )
         print(f"train: python train.py model=dit data=latents data.root={folder} {_words(cfg)}")
@@ -254,7 +254,7 @@ def _batches(
         for start in range(0, len(rows), cfg.batch_size)
     ]
     loader: DataLoader[Any] = DataLoader(
-        _Pictures(datamodule.train),
+        _Pictures(datamodule.train),  # type: ignore[arg-type]  # has what the loader asks for
         batch_sampler=lists,
         num_workers=datamodule.num_workers if lists else 0,
         collate_fn=_keep,
@@ -297,6 +297,15 @@ class _Pictures:
 def _keep(batch: Any) -> Any:
     """Collate nothing: ``_Pictures`` returns whole batches."""
     return batch
+
+
+def _shown(size: float) -> str:
+    """Write a number of bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
 
 
 def _words(cfg: DictConfig) -> str:

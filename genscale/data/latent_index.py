@@ -235,7 +235,7 @@ def _open(path: Path, plan: CachePlan, number: int) -> tuple[dict[str, Tensor], 
         )
     count = len(plan.rows(number))
     moments = ((count, *plan.shape), DTYPES[plan.dtype])
-    expected = {"moments": moments}
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"moments": moments}
     if plan.flip:
         expected["mirrored"] = moments
     if plan.class_names:

@@ -117,7 +117,7 @@ class Latents(ImageDataset):
             )
         shards = rows.div(self.plan.shard_size, rounding_mode="floor")
         result: Tensor | None = None
-        for number in shards.unique().tolist():
+        for number in sorted(set(shards.tolist())):
             mapped = self._shard(number)
             if result is None:
                 result = mapped["moments"].new_empty(len(rows), *self.plan.shape)

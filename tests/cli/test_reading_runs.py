@@ -48,6 +48,7 @@ def settings(run: Path, **changes: Any) -> Any:
         "seed": 0,
         "sampler": {"_target_": None, "steps": None},
         "guidance": {"_target_": None, "scale": None, "interval": None},
+        "autoencoder": {"source": None},
     }
     return OmegaConf.create(node | changes)
 
