@@ -54,7 +54,8 @@ def run(cfg: DictConfig) -> None:
         write_json(folder / "samples.json", record)
         spent = f"{record['nfe_per_sample']:g} network evaluations each"
         if record["step_cache"] != "none":
-            spent += f" (the solver makes {record['solver_evaluations']} a branch)"
+            most = "at most " if pipeline.sampler.nfe_is_bound else ""
+            spent += f" (of {most}{record['solver_evaluations']} a branch that the solver makes)"
         print(f"{len(ids)} samples, {spent}: {written}")
     dist.finish()
 
