@@ -13,10 +13,14 @@ from genscale.errors import ConfigError
 if TYPE_CHECKING:
     from genscale.guidance.base import Guidance
     from genscale.objectives.base import Objective
+    from genscale.samplers.base import Sampler
 
 
 def combination_problems(
-    model: DictConfig, objective: Objective | None, guidance: Guidance | None
+    model: DictConfig,
+    objective: Objective | None,
+    guidance: Guidance | None,
+    sampler: Sampler | None,
 ) -> list[str]:
     """Return a sentence for every pair of these that does not fit.
 
@@ -24,17 +28,21 @@ def combination_problems(
         model: the model's node; it is not built.
         objective: None where it could not be built, which is told elsewhere.
         guidance: None likewise.
+        sampler: None likewise.
     """
     from genscale.objectives.denoising import DenoisingObjective
 
     problems = []
+    learned = bool(model_setting(model, "learn_sigma"))
     if isinstance(objective, DenoisingObjective):
         try:
-            objective.check_variance(bool(model_setting(model, "learn_sigma")))
+            objective.check_variance(learned)
         except ConfigError as error:
             problems.append(str(error))
     if objective is not None and guidance is not None:
         problems += guidance.check(objective.process)
+    if objective is not None and sampler is not None:
+        problems += sampler.check(objective.process, learned_variance=learned)
     return problems
 
 

@@ -48,6 +48,10 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
     sampler = inherit(cfg.sampler, own["sampler"])
     guidance = inherit(cfg.guidance, own["guidance"])
     pipeline.sampler = instantiate(OmegaConf.create(sampler), "sampler")
+    learned = bool(pipeline.model.config.get("learn_sigma"))
+    problems = pipeline.sampler.check(pipeline.objective.process, learned_variance=learned)
+    if problems:
+        raise ConfigError("\n".join(problems))
     asked = instantiate(OmegaConf.create(guidance), "guidance")
     pipeline.guidance = pipeline.ready(asked)
     if isinstance(asked, Autoguidance):

@@ -106,17 +106,18 @@ def check(cfg: DictConfig) -> Any:
         problems.append(
             f"condition_dropout must be in [0, 1], but {share} was given. Give e.g. 0.1."
         )
-    parts: dict[str, Any] = {}
+    built: dict[str, Any] = {}
     of_parts: list[str] = []
     for path in ("objective", "sampler", "guidance", "optim", "lr_schedule", "ema"):
-        of_parts += _problem_of(partial(_build_into, parts, cfg, path))
-    misfits = combination_problems(cfg.model, parts.get("objective"), parts.get("guidance"))
+        of_parts += _problem_of(partial(_build_into, built, cfg, path))
+    fitting = (built.get(path) for path in ("objective", "guidance", "sampler"))
+    misfits = combination_problems(cfg.model, *fitting)
     if misfits:  # the data need not be read to say so
         raise ConfigError("\n".join([*problems, *of_parts, *misfits]))
-    problems += _problem_of(partial(_build_into, parts, cfg, "data")) + of_parts
-    if "data" in parts:
-        problems += _problem_of(partial(_check_labels, cfg, parts["data"].num_classes or 0))
-        problems += _problem_of(partial(_check_autoencoder, cfg, parts["data"]))
+    problems += _problem_of(partial(_build_into, built, cfg, "data")) + of_parts
+    if "data" in built:
+        problems += _problem_of(partial(_check_labels, cfg, built["data"].num_classes or 0))
+        problems += _problem_of(partial(_check_autoencoder, cfg, built["data"]))
     if cfg.callbacks.metrics_every > 0:
         suite = instantiate(cfg.metrics, "metrics")
         problems += suite.check(num_samples=cfg.callbacks.metrics_samples)
@@ -124,7 +125,7 @@ def check(cfg: DictConfig) -> Any:
         problems += _problem_of(partial(_require_logger, node._target_.rpartition(".")[2]))
     if problems:
         raise ConfigError("\n".join(problems))
-    return parts["data"]
+    return built["data"]
 
 
 def _build_into(parts: dict[str, Any], cfg: DictConfig, path: str) -> None:

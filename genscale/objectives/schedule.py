@@ -180,9 +180,10 @@ class DiscreteVP(NoiseProcess):
     def _log_alpha(self, time: Tensor) -> Tensor:
         table = self._table(time.device)
         place = time * self.num_timesteps
-        # n / N * N is not always n, but whole steps must meet their knot exactly
-        whole = place.round()
-        place = torch.where((place - whole).abs() < 1e-9, whole, place)
+        # n / N * N is not always n, but whole steps must meet their knot exactly, and keep the
+        # rate of their place
+        off = (place - place.round()).detach()
+        place = torch.where(off.abs() < 1e-9, place - off, place)
         lower = place.floor().clamp(1, self.num_timesteps - 1).long()
         low, high = table[lower], table[lower + 1]
         log_alpha = low + (place - lower) * (high - low)

@@ -9,11 +9,16 @@ from torch import Tensor
 
 from genscale.errors import ConfigError, did_you_mean
 from genscale.objectives.base import on
+from genscale.objectives.schedule import NoiseProcess
 from genscale.samplers.base import State
 from genscale.samplers.grid import Precision, Schedule, estimates
 from genscale.samplers.sde import GaussianSampler
 
 Variance = Literal["learned", "lower", "upper"]
+_NONE_LEARNED = (
+    "sampler.variance=learned needs a network with learned variance, but this one has none. Use "
+    "sampler.variance=lower, or train with model.learn_sigma=true."
+)
 
 
 class Ancestral(GaussianSampler):
@@ -53,6 +58,12 @@ class Ancestral(GaussianSampler):
             )
         self.variance = variance
 
+    def check(self, process: NoiseProcess, *, learned_variance: bool) -> list[str]:
+        """Also ask for a learned variance where it is to be used."""
+        problems = super().check(process, learned_variance=learned_variance)
+        missing = self.variance == "learned" and not learned_variance
+        return problems + [_NONE_LEARNED] * missing
+
     def transition(self, state: State) -> tuple[Tensor, Tensor]:
         """Return mean, and standard deviation ``(B,)``, or shaped as x where it is learned.
 
@@ -71,10 +82,7 @@ class Ancestral(GaussianSampler):
             std = torch.where(random, upper if self.variance == "upper" else lower, 0.0).sqrt()
             return mean, std.expand(len(state))
         if state.variance is None:
-            raise ConfigError(
-                "sampler.variance=learned needs a network with learned variance, but this one has "
-                "none. Use sampler.variance=lower, or train with model.learn_sigma=true."
-            )
+            raise ConfigError(_NONE_LEARNED)
         share = 0.5 * (state.variance + 1.0)
         low, high = (torch.where(random, part, 1.0).log() for part in (lower, upper))
         log_variance = share * on(high, clean) + (1.0 - share) * on(low, clean)

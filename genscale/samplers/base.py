@@ -165,16 +165,14 @@ class Sampler(ABC):
         In closed form; the most there can be where ``nfe_is_bound``.
         """
 
-    def check(self, process: NoiseProcess, learned_variance: bool) -> None:  # noqa: B027
-        """Say at once what could only fail on the way; asked before anything is sampled.
+    def check(self, process: NoiseProcess, *, learned_variance: bool) -> list[str]:
+        """Return a sentence for everything that would fail on the way; asked before sampling.
 
         Args:
             process: that of the model's objective.
             learned_variance: whether the network predicts its variance.
-
-        Raises:
-            ConfigError: a process or network that this sampler does not suit.
         """
+        return []
 
     @abstractmethod
     def start(

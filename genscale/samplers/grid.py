@@ -97,9 +97,13 @@ class GridSampler(Sampler):
         step = torch.tensor([self.num_steps - 1], device="cpu")
         return self.grid(process).select(self._place(step))
 
-    def check(self, process: NoiseProcess, learned_variance: bool) -> None:
-        """Refuse a process that lacks the levels of the schedule."""
-        self.grid(process)
+    def check(self, process: NoiseProcess, *, learned_variance: bool) -> list[str]:
+        """Return why the process lacks the levels of the schedule, if it does."""
+        try:
+            self.grid(process)
+        except ConfigError as error:
+            return [str(error)]
+        return []
 
     def start(
         self,

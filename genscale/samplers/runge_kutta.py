@@ -103,6 +103,19 @@ class RungeKutta(GridSampler):
         self.last = last
         self.tableau = TABLEAUS[method]
 
+    def check(self, process: NoiseProcess, *, learned_variance: bool) -> list[str]:
+        """Also refuse to evaluate the slope where it is infinite."""
+        problems = super().check(process, learned_variance=learned_variance)
+        if problems or self.last == "euler":
+            return problems
+        end = process.time_at(self.grid(process))[-1:]
+        if not all(bool(rate.isfinite().all()) for rate in process.rates(end)):
+            problems.append(
+                f"sampler.last=full takes the slope at time {float(end):g}, where that of "
+                f"{type(process).__name__} is infinite. Use sampler.last=euler."
+            )
+        return problems
+
     def nfe(self, i: int, j: int) -> int:
         """Network evaluations from step i to step j: the stages, 1 for a last Euler step."""
         self._check_range(i, j)

@@ -19,7 +19,14 @@ from genscale.objectives.time_sampler import shifted
 
 Spacing = Literal["linspace", "trailing", "leading"]
 ScheduleName = Literal[
-    "linear", "karras", "exponential", "vp", "discrete", "discrete_trailing", "discrete_leading"
+    "linear",
+    "karras",
+    "exponential",
+    "polyexponential",
+    "vp",
+    "discrete",
+    "discrete_trailing",
+    "discrete_leading",
 ]
 
 _TOLERANCE = 1e-6  # of log SNR, for ends that were rounded
@@ -55,6 +62,44 @@ class Linear(LevelSchedule):
         times = self.end + (start - self.end) * shifted(unit, self.shift)
         times[0], times[-1] = start, self.end
         return times
+
+
+@dataclass(frozen=True)
+class DynamicShift(LevelSchedule):
+    """Linear with a shift that grows with the size of the picture, as Flux samples.
+
+    The shift is exp(mu), with mu on the line through (least_tokens, least) and (most_tokens,
+    most): of a flow, t -> e^mu / (e^mu + 1 / t - 1).
+
+    Args:
+        tokens: length of the network's sequence, (H / patch) (W / patch).
+        least: mu at ``least_tokens``.
+        most: mu at ``most_tokens``.
+        least_tokens: see ``least``.
+        most_tokens: see ``most``.
+
+    Raises:
+        ConfigError: no tokens.
+    """
+
+    tokens: int
+    least: float = 0.5
+    most: float = 1.15
+    least_tokens: int = 256
+    most_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.least_tokens == self.most_tokens:
+            raise ConfigError(
+                f"sampler.schedule.tokens must be at least 1, but is {self.tokens}. Give (H / "
+                "patch) (W / patch) of the model."
+            )
+
+    def times(self, process: NoiseProcess, intervals: int) -> Tensor:
+        """Return uniform times, moved."""
+        share = (self.tokens - self.least_tokens) / (self.most_tokens - self.least_tokens)
+        mu = self.least + share * (self.most - self.least)
+        return Linear(math.exp(mu)).times(process, intervals)
 
 
 @dataclass(frozen=True)
@@ -226,6 +271,7 @@ def named_schedule(name: str, shift: float) -> LevelSchedule:
     simple: dict[str, LevelSchedule] = {
         "karras": Karras(),
         "exponential": Exponential(),
+        "polyexponential": Exponential(power=2.0),
         "vp": VPSpaced(),
         "discrete": Discrete("linspace"),
         "discrete_trailing": Discrete("trailing"),

@@ -54,6 +54,20 @@ VALUES: list[tuple[str, Words, Words]] = [
     ("train", ("model.depths=[1,2]",), ("model.depths must be odd", "2")),
     ("sample", ("run=RUN", "labels=[10]"), ("class 10", "0 to 9")),
     ("sample", ("run=RUN", "labels=evenly"), ("balanced, random or a list", "'evenly'")),
+    ("train", ("sampler=edm",), ("sigma / alpha = inf", "LinearFlow", "sampler.schedule=linear")),
+    ("train", ("sampler=ancestral", "sampler.variance=lower"), ("discrete", "LinearFlow has none")),
+    ("train", ("objective=ddpm", "sampler=ancestral"), ("learned variance", "learn_sigma=true")),
+    (
+        "train",
+        ("sampler=diffusers", "sampler.scheduler=UniPCMultistep"),
+        ("'UniPCMultistep'", "Did you mean 'UniPCMultistepScheduler'?"),
+    ),
+    ("sample", ("run=RUN", "sampler=edm"), ("sigma / alpha = inf", "sampler.schedule=linear")),
+    (
+        "sample",
+        ("run=RUN", "sampler=diffusers", "sampler.config={solver_ordr: 3}"),
+        ("'sampler.config.solver_ordr'", "Did you mean 'solver_order'?"),
+    ),
     ("sample", ("run=RUN", "sampler.steps=0"), ("sampler.steps", "at least 1", "is 0")),
     ("sample", ("run=RUN", "guidance.scale=-1"), ("guidance.scale", "not negative", "-1")),
     ("sample", ("run=RUN", "format=gif"), ("grid, png, npz", "'gif'")),
@@ -83,6 +97,53 @@ PLACES: list[tuple[str, Words, Words]] = [
         ("is an exported folder", "reference="),
     ),
     ("evaluate", ("run=RUN", "metrics=fid"), ("No weights for 'inception'", "genscale.cli.fetch")),
+]
+
+
+# parts that do not go together: told before data is read
+COMBINATIONS: list[tuple[str, Words, Words]] = [
+    (
+        "train",
+        ("model=dit", "model.learn_sigma=true"),
+        ("model.learn_sigma=true", "does not train it", "objective=ddpm_dit"),
+    ),
+    (
+        "train",
+        ("model=dit_s_2", "objective=ddpm_uvit", "data=image_folder"),
+        ("model.learn_sigma=true", "does not train it"),
+    ),
+    (
+        "train",
+        ("objective=ddpm", "objective.learn_sigma=true", "data=image_folder"),
+        ("objective.learn_sigma=true", "predicts its variance", "objective.learn_sigma=false"),
+    ),
+    (
+        "train",
+        ("objective=ddpm_continuous", "objective.learn_sigma=true"),
+        ("objective.learn_sigma=true is about noise steps", "objective.betas=linear"),
+    ),
+    (
+        "train",
+        ("objective=ddpm", "guidance=cfg_zero_star", "data=image_folder"),
+        ("guides the velocity of a flow", "Use guidance=cfg"),
+    ),
+    (
+        "train",
+        ("guidance=cfg", "guidance.interval=[0.2,1.4]"),
+        ("guidance.interval must be [lo, hi]", "[0.2, 1.4]", "process times"),
+    ),
+    (
+        "sample",
+        ("run=RUN", "guidance.scale=2", "guidance.interval=[0.7,0.3]"),
+        ("guidance.interval must be [lo, hi]", "[0.7, 0.3]"),
+    ),
+    ("train", ("evaluation.labels=evenly",), ("balanced, random or a list", "'evenly'")),
+    ("train", ("evaluation.labels=[11]",), ("class 11", "0 to 9")),
+    (
+        "train",
+        ("metrics=adm50k", "callbacks.metrics_every=10", "metrics.features=[]"),
+        ("inception",),
+    ),
 ]
 
 
@@ -119,7 +180,7 @@ def _files(folder: Path) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize(("name", "words", "fragments"), TYPING + VALUES + PLACES)
+@pytest.mark.parametrize(("name", "words", "fragments"), TYPING + VALUES + PLACES + COMBINATIONS)
 def test_one_sentence(
     refused: Callable[..., list[str]], name: str, words: Words, fragments: Words
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -85,6 +87,16 @@ class TestDiscreteVP:
         assert process.level(process.t_min).alpha.item() == pytest.approx(
             (1 - 0.00085) ** 0.5, abs=1e-12
         )
+
+    def test_rates_at_whole_steps_are_those_beside_them(self) -> None:
+        process, whole = DiscreteVP(), torch.tensor([0.001, 0.25, 0.5, 0.999, 1.0]).double()
+        found, beside = process.rates(whole), process.rates(whole - 1e-6)
+        for rate, other in zip(found, beside, strict=True):
+            # betas change by 1 % from step to step
+            torch.testing.assert_close(rate, other, rtol=0.02, atol=0)
+        # d log alpha / dt = N / 2 log(1 - beta_N) at the last step
+        alpha, _ = process.coefficients(whole[-1:])
+        assert float(found[0][-1] / alpha) == pytest.approx(500 * math.log1p(-0.012))
 
     def test_own_ends_of_the_betas(self) -> None:
         alpha, _ = DiscreteVP("linear", 2, (0.1, 0.3)).coefficients(torch.tensor([0.5, 1.0]))

@@ -14,6 +14,7 @@ from torch import Tensor
 from genscale import rng
 from genscale.conditioning.base import Conditioning
 from genscale.objectives.base import Denoiser, Level, Prediction, on
+from genscale.objectives.paths import VarianceExploding
 from genscale.objectives.schedule import DiscreteVP, LinearFlow, NoiseProcess
 from genscale.samplers.dpm_fast import DPMSolverFast
 from genscale.samplers.grid import GridSampler
@@ -162,11 +163,21 @@ class TestIdentities:
 
 
 class TestDDIM:
-    @pytest.mark.parametrize("eta", [0.0, 1.0])
-    @pytest.mark.parametrize("process", [LinearFlow(), DiscreteVP()], ids=["flow", "vp"])
-    def test_it_keeps_the_marginals(self, mixture: Any, process: NoiseProcess, eta: float) -> None:
+    @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+    @pytest.mark.parametrize(
+        ("process", "schedule"),
+        [
+            (LinearFlow(), "linear"),
+            (DiscreteVP(), "linear"),
+            (VarianceExploding(0.01, 40.0), "karras"),
+        ],
+        ids=["flow", "vp", "ve"],
+    )
+    def test_it_keeps_the_marginals(
+        self, mixture: Any, process: NoiseProcess, schedule: Any, eta: float
+    ) -> None:
         model = mixture(process)
-        sampler = DDIM(100, eta=eta)
+        sampler = DDIM(100, eta=eta, schedule=schedule)
         x = sampler.run(model, Conditioning(), torch.arange(10_000)).x.double()
         mean = (model.weights[:, None] * model.means).sum(0)
         second = torch.einsum("k,ki,kj->ij", model.weights, model.means, model.means)

@@ -120,6 +120,14 @@ CASES: dict[str, tuple[GridSampler, str]] = {
     **SLOW,
     **{f"diffusers-{name}": case for name, case in BRIDGED.items()},
 }
+# which of them draw noise after their first step
+STOCHASTIC = {
+    *("ddim-eta", "ddim-ancestral", "euler-churn", "heun-churn", "dpm2-churn", "2m-sde"),
+    *("2m-sde-heun", "3m-sde", "2s-ancestral", "2s", "ancestral-upper", "sde-sigma"),
+    *("sde-tweedie", "sde-euler", "sde-grpo", "sde-heun", "sde-heun-tweedie"),
+    *(f"diffusers-{name}" for name in ("ddpm", "ddim", "lcm", "tcd", "euler-a", "kdpm2-a")),
+    *(f"diffusers-{name}" for name in ("dpm-sde", "dpm-single", "sa")),
+}
 COUNT = 4
 
 
@@ -359,6 +367,19 @@ class TestRenoise:
     def test_it_does_not_go_forward(self, sampler: GridSampler, model: Any) -> None:
         with pytest.raises(ValueError, match="renoise goes back to steps 0"):
             sampler.renoise(_start(sampler, model), 1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_copies_part_by_lineage_where_there_is_noise(name: str, rational: Any) -> None:
+    sampler, process = CASES[name]
+    model = rational(PROCESSES[process])
+    state = sampler.advance(model, _start(sampler, model, [1]))
+    twins = state.select(torch.tensor([0, 0, 0])).replace(lineage=torch.tensor([7, 8, 7]))
+    ended = _finish(sampler, model, twins)
+    # the same lineage is the same noise, another draws its own
+    assert torch.equal(ended[0], ended[2])
+    parts = name in STOCHASTIC or name.removesuffix(f"-{process}") in STOCHASTIC
+    assert torch.equal(ended[0], ended[1]) is not parts
 
 
 def test_states_of_other_processes_do_not_mix(rational: Any) -> None:

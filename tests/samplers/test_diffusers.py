@@ -263,8 +263,9 @@ def test_traps_are_refused_in_a_sentence(
     ],
 )
 def test_levels_a_process_does_not_have_are_refused(name: str, process: NoiseProcess) -> None:
-    with pytest.raises(ConfigError, match=r"starts at sigma / alpha = .* has levels from"):
-        DiffusersSampler(name, 5).check(process, learned_variance=False)
+    (sentence,) = DiffusersSampler(name, 5).check(process, learned_variance=False)
+    assert "starts at sigma / alpha = " in sentence
+    assert "has levels from" in sentence
 
 
 def test_dynamic_shift_takes_its_mu() -> None:

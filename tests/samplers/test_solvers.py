@@ -18,8 +18,10 @@ from genscale.errors import ConfigError
 from genscale.objectives.base import Denoiser, Level, Prediction, on
 from genscale.objectives.paths import ContinuousVP, TrigonometricVP, VarianceExploding
 from genscale.objectives.schedule import DiscreteVP, LinearFlow, NoiseProcess
+from genscale.samplers.adaptive import Adaptive
 from genscale.samplers.ancestral import Ancestral
 from genscale.samplers.base import State
+from genscale.samplers.diffusers_bridge import DiffusersSampler
 from genscale.samplers.grid import GridSampler
 from genscale.samplers.multistep import DPMSolverMultistep
 from genscale.samplers.ode import DPM2, Euler, Heun
@@ -27,11 +29,13 @@ from genscale.samplers.reverse_sde import ReverseSDE, ReverseSDEHeun, diffusion_
 from genscale.samplers.runge_kutta import RungeKutta
 from genscale.samplers.schedules import (
     Discrete,
+    DynamicShift,
     Exponential,
     Given,
     Karras,
     Linear,
     level_grid,
+    named_schedule,
     noise_ratio,
 )
 from genscale.samplers.sde import DDIM
@@ -57,8 +61,16 @@ class TestOrder:
             (lambda n, **grid: DPM2(n, **grid), 2),
             (lambda n, **grid: DPMSolverMultistep(n, **grid), 2),
             (lambda n, **grid: DPMSolver2S(n, eta=0.0, **grid), 2),
+            (lambda n, **grid: Euler(n, **grid), 1),
+            (lambda n, **grid: DDIM(n, **grid), 1),
+            (lambda n, **grid: Heun(n, **grid), 2),
+            # its first two steps are of order 1 and 2
+            (lambda n, **grid: DPMSolverMultistep(n, order=3, **grid), 2),
         ],
-        ids=["rk1", "rk2", "rk-mid", "rk4", "rk5", "heun-0.6", "dpm2", "2m", "2s"],
+        ids=[
+            *("rk1", "rk2", "rk-mid", "rk4", "rk5", "heun-0.6", "dpm2", "2m", "2s"),
+            *("euler", "ddim", "heun", "3m"),
+        ],
     )
     def test_halving_the_step_divides_the_error(self, mixture: Any, build: Any, order: int) -> None:
         # from t = 0.7 to 0.3 on a bent path, where everything is smooth
@@ -71,6 +83,14 @@ class TestOrder:
             for n in (12, 24)
         )
         assert 2 ** (order - 0.5) < coarse / fine < 2 ** (order + 1.1)
+
+    def test_whole_noise_steps_are_times_like_any_other(self, mixture: Any) -> None:
+        # every stage of 10 steps of the midpoint method lies on one of DDPM's noise steps
+        model = mixture(DiscreteVP())
+        noise = rng.normal(rng.key(0, torch.arange(8)), (2,)).double()
+        grid: Any = {"schedule": Linear(end=0.3), "precision": "float64"}
+        found = _solve(RungeKutta(35, method="midpoint", last="full", **grid), model, noise)
+        torch.testing.assert_close(found, _solve(Heun(70, **grid), model, noise), atol=2e-3, rtol=0)
 
     def test_the_exact_solution_for_gaussians(self) -> None:
         # normal data of deviation s: x moves with sqrt(alpha^2 s^2 + sigma^2)
@@ -100,22 +120,48 @@ class TestOrder:
             )
 
 
+# churn of EDM, and the process its numbers are for
+CHURN: Any = {"churn": 20, "churn_min": 0.05, "schedule": Karras(0.01, 40.0)}
+WIDE = VarianceExploding(0.01, 40.0)
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+
+
 class TestMarginals:
     @pytest.mark.parametrize(
         ("sampler", "process"),
         [
             (DPMSolverMultistep(40, eta=1.0), LinearFlow()),
+            (DPMSolverMultistep(40, eta=1.0, correction="heun"), DiscreteVP()),
             (DPMSolverMultistep(40, order=3, eta=1.0), DiscreteVP()),
             (DPMSolver2S(40), DiscreteVP()),
             (ReverseSDE(100), LinearFlow()),
             (ReverseSDE(100, diffusion="increasing_decreasing"), TrigonometricVP()),
-            (ReverseSDEHeun(60, diffusion="linear"), LinearFlow()),
             (
-                Heun(40, churn=20, churn_min=0.05, schedule=Karras(0.01, 40.0)),
-                VarianceExploding(0.01, 40.0),
+                ReverseSDE(100, diffusion="flow_grpo", norm=0.7, last_size=None),
+                LinearFlow(),
             ),
+            (ReverseSDEHeun(60, diffusion="linear"), LinearFlow()),
+            (Heun(40, **CHURN), WIDE),
+            (Euler(100, **CHURN), WIDE),
+            (DPM2(40, **CHURN), WIDE),
+            (Ancestral(100, variance="lower", schedule="linear"), DiscreteVP()),
+            (Ancestral(250, variance="upper"), DiscreteVP()),
+            (Adaptive(2, rtol=1e-2), LinearFlow()),
+            (Heun(30), LinearFlow()),
+            (DiffusersSampler("DDPMScheduler", 100), DiscreteVP()),
+            (DiffusersSampler("EulerAncestralDiscreteScheduler", 100), DiscreteVP()),
+            (DiffusersSampler("KDPM2AncestralDiscreteScheduler", 40), DiscreteVP()),
+            (DiffusersSampler("DPMSolverMultistepScheduler", 50, config=SDE), LinearFlow()),
+            (DiffusersSampler("DPMSolverSinglestepScheduler", 50, config=SDE), DiscreteVP()),
+            (DiffusersSampler("SASolverScheduler", 50), DiscreteVP()),
+            (DiffusersSampler("EDMDPMSolverMultistepScheduler", 50, config=SDE), WIDE),
         ],
-        ids=["2m-sde", "3m-sde", "2s", "sde-sigma", "sde-bump", "sde-heun", "churn"],
+        ids=[
+            *("2m-sde", "2m-sde-heun", "3m-sde", "2s", "sde-sigma", "sde-bump", "sde-grpo"),
+            *("sde-heun", "churn", "euler-churn", "dpm2-churn", "ancestral-lower"),
+            *("ancestral-upper", "adaptive", "heun", "ddpm", "euler-a", "kdpm2-a", "dpm-sde"),
+            *("single-sde", "sa", "edm-sde"),
+        ],
     )
     def test_they_keep_the_distribution(
         self, mixture: Any, sampler: Any, process: NoiseProcess
@@ -179,6 +225,23 @@ class TestSchedules:
         grid = level_grid(VarianceExploding(), Karras(), 3)
         assert grid.sigma.tolist() == pytest.approx([80.0, middle, 0.002, 0.0])
 
+    def test_polyexponential_levels_are_a_power_of_that(self) -> None:
+        even, bent = (
+            level_grid(DiscreteVP(), named_schedule(name, 1.0), 5).log_snr[:-1]
+            for name in ("exponential", "polyexponential")
+        )
+        place = (even - even[-1]) / (even[0] - even[-1])
+        torch.testing.assert_close(bent, even[-1] + place**2 * (even[0] - even[-1]))
+
+    def test_the_shift_of_flux_grows_with_the_picture(self) -> None:
+        # mu = 0.5 at 256 tokens, 1.15 at 4096: e^mu / (e^mu + 1 / t - 1)
+        for tokens, mu in ((256, 0.5), (4096, 1.15), (1024, 0.5 + 0.65 * 768 / 3840)):
+            times = level_grid(LinearFlow(), DynamicShift(tokens), 4).time
+            assert times is not None
+            e = math.exp(mu)
+            expected = [1.0, *(e / (e + 1.0 / t - 1.0) for t in (0.75, 0.5, 0.25)), 0.0]
+            assert times.tolist() == pytest.approx(expected)
+
     def test_exponential_levels_are_even_in_log_snr(self) -> None:
         grid = level_grid(DiscreteVP(), Exponential(), 6)
         gaps = grid.log_snr[:-1].diff()
@@ -216,6 +279,7 @@ class TestSchedules:
                 lambda: Euler(4, schedule=Karras(0.1, 1e4)).grid(DiscreteVP()),
                 "from sigma / alpha = 10000 down to 0.1, but DiscreteVP",
             ),
+            (lambda: DynamicShift(0), "sampler.schedule.tokens must be at least 1, but is 0"),
             (lambda: Euler(4, churn=-1.0), "sampler.churn must not be negative"),
             (lambda: Euler(4, churn_min=2.0, churn_max=1.0), "churn_min must be below churn_max"),
             (lambda: Heun(4, midpoint=0.0), r"sampler.midpoint must lie in \(0, 1\], but is 0.0"),
