@@ -43,7 +43,7 @@ def with_settings(arguments: Sequence[str]) -> list[str]:
         ConfigError: a word is neither a parameter nor a setting of the command.
     """
     own = list(OmegaConf.load(conf_directory() / "import_checkpoint.yaml"))
-    given = {key: value for key, _, value in (word.partition("=") for word in arguments)}
+    given = dict(word.split("=", 1) for word in arguments if "=" in word)
     unknown = [key for key in given if key.isidentifier() and key not in own]
     if not unknown:
         return list(arguments)
