@@ -42,6 +42,7 @@ from genscale.layers.norm import (
     VectorNorm,
 )
 from genscale.layers.rope import axial_positions
+from genscale.layers.skip_scale import SkipScale, SkipScaling
 from genscale.layers.time_dependent import TimeDependentVectors
 
 
@@ -208,6 +209,13 @@ class Branch(nn.Module):
         self.num_vectors = blocks[0].num_vectors  # a block
         self.blocks = nn.ModuleList(blocks)
         self.skips = nn.ModuleList(nn.Linear(2 * size, size) for _ in range(half))
+        self.skip_factors = SkipScale(
+            settings.skip_scale,
+            half,
+            hidden_size=size,
+            num_tokens=grid[0] * grid[1] + (self.class_table is not None),
+            kappa=settings.skip_kappa,
+        )
         self.head_norm = TimeDependentLayerNorm(size)
         kernel = settings.head_kernel_size
         self.head = nn.Conv2d(size, in_channels * cell_size**2, kernel, padding=kernel // 2)
@@ -242,7 +250,8 @@ class Branch(nn.Module):
         stack: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if i > half:
-                x = self.skips[i - half - 1](torch.cat((x, stack.pop()), dim=-1))
+                skip = self.skip_factors(stack.pop(), i - half - 1)
+                x = self.skips[i - half - 1](torch.cat((x, skip), dim=-1))
             x = self._run(block, x, tuple(islice(vectors, self.num_vectors)), positions)
             if i < half:
                 stack.append(x)
@@ -314,6 +323,10 @@ class DiMR(Backbone):
         mlp_sizes: width inside the feed-forward layers; default twice the branch's width.
         head_kernel_sizes: side of the prediction heads' kernels, odd.
         dropout: drop-out on every residual of the blocks.
+        skip_scale: factors on the skips of each branch before they are joined (ScaleLong,
+            arXiv:2310.13545); see :class:`~genscale.layers.skip_scale.SkipScale`. Gates keep the
+            model to the trained resolution.
+        skip_kappa: base of ``skip_scale: geometric``; choose it by a branch's number of skips.
         norm: the blocks' norm. ``"td_rms"`` is that of the released models, ``"td_ln"`` the
             paper's text; ``"rms"`` and ``"ada_rms"`` leave time to the heads and upsamplers.
         position: ``"learned"`` tables, or ``"axial_rope"`` in the transformer branches.
@@ -357,6 +370,8 @@ class DiMR(Backbone):
         mlp_sizes: Sequence[int] | None = None,
         head_kernel_sizes: int | Sequence[int] = 3,
         dropout: float | Sequence[float] = 0.0,
+        skip_scale: SkipScaling | Sequence[SkipScaling] = "none",
+        skip_kappa: float | Sequence[float] = 0.5,
         norm: Literal["td_rms", "td_ln", "rms", "ada_rms"] = "td_rms",
         position: Literal["learned", "axial_rope"] = "learned",
         position_resize: Literal["interpolate", "crop"] = "interpolate",

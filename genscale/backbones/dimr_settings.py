@@ -9,6 +9,7 @@ from typing import Any
 
 from genscale.errors import ConfigError, did_you_mean
 from genscale.layers.norm import BLOCK_NORMS
+from genscale.layers.skip_scale import SkipScaling
 
 BLOCK_TYPES = ("transformer", "convnext")
 
@@ -27,6 +28,8 @@ class BranchSettings:
     mlp_size: int
     head_kernel_size: int
     dropout: float
+    skip_scale: SkipScaling
+    skip_kappa: float
 
     @property
     def downsample(self) -> int:
@@ -73,6 +76,8 @@ def resolve_branches(config: Mapping[str, Any]) -> list[BranchSettings]:
             spread("mlp_sizes", [2 * size for size in hidden_sizes]),
             spread("head_kernel_sizes"),
             spread("dropout"),
+            spread("skip_scale"),
+            spread("skip_kappa"),
             strict=True,
         )
     ]

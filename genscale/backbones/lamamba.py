@@ -27,6 +27,7 @@ from genscale.conditioning.base import Conditioning
 from genscale.layers.embed import LearnedPositions, TimeEmbedding, sincos_positions
 from genscale.layers.mlp import MLP
 from genscale.layers.norm import per_sample, upcast
+from genscale.layers.skip_scale import SkipScale, SkipScaling
 from genscale.layers.ss2d import SS2D
 from genscale.layers.window_attention import WindowAttention
 
@@ -203,6 +204,10 @@ class LaMamba(Backbone):
         learn_sigma: also predict C channels of variance (arXiv:2102.09672), ``aux["variance"]``.
         zero_init_head: start with a prediction of zero. The official program does not, against
             its intention.
+        skip_scale: factors on the four skips before they are added (ScaleLong,
+            arXiv:2310.13545); see :class:`~genscale.layers.skip_scale.SkipScale`. Gates keep the
+            model to the trained resolution; a shared one serves the skips of one grid.
+        skip_kappa: base of ``skip_scale: geometric``.
         checkpoint_stages: stages (0 is the finest) whose blocks, in encoder and decoder, are
             recomputed in the backward pass instead of kept; 3 includes the middle.
 
@@ -240,6 +245,8 @@ class LaMamba(Backbone):
         modulation_rank: int | None = None,
         learn_sigma: bool = False,
         zero_init_head: bool = True,
+        skip_scale: SkipScaling = "none",
+        skip_kappa: float = 0.5,
         checkpoint_stages: Sequence[int] = (),
     ) -> None:
         super().__init__()
@@ -282,6 +289,13 @@ class LaMamba(Backbone):
         self.upsamples = nn.ModuleList(Upsample(widths[i + 1], widths[i], 2) for i in (1, 0))
         self.decoder = nn.ModuleList(
             build(3 - i, n, project=True) for i, n in enumerate(layout.decoder_depths)
+        )
+        self.skip_factors = SkipScale(
+            skip_scale,
+            len(widths),
+            hidden_size=widths[::-1],
+            num_tokens=layout.cells[::-1],
+            kappa=skip_kappa,
         )
         self.head_up = Upsample(finest, finest, patch_size)
         self.head_condition = nn.Linear(condition_size, finest)
@@ -363,7 +377,7 @@ class LaMamba(Backbone):
         for i, stage in enumerate(self.decoder):
             if i >= 2:
                 y = self.upsamples[i - 2](y)
-            skip = skips.pop()
+            skip = self.skip_factors(skips.pop(), i)
             y = y[:, : skip.shape[1], : skip.shape[2]] + skip  # odd grids were filled up
             y = stage(y, c)
         return self._predict(y, c)

@@ -36,6 +36,7 @@ class Layout:
 
     Attributes:
         grid: rows and columns of the finest grid at the trained size.
+        cells: number of cells of each stage's grid there.
         stages: settings of the encoder stages, finest first; the decoder mirrors them.
         depths: blocks of each encoder stage.
         bottleneck_depth: blocks in the middle.
@@ -43,6 +44,7 @@ class Layout:
     """
 
     grid: tuple[int, int]
+    cells: list[int]
     stages: list[StageSettings]
     depths: list[int]
     bottleneck_depth: int
@@ -92,12 +94,13 @@ def resolve_layout(config: Mapping[str, Any]) -> Layout:
                      "mlp_ratio", "modulation_rank")
     ]  # fmt: skip
     grid = height // patch, width // patch
-    longest = [max(-(-side // factor) for side in grid) for factor in (1, 2, 4, 4)]
+    grids = [[-(-side // factor) for side in grid] for factor in (1, 2, 4, 4)]
     stages = [
         StageSettings(hidden, count, min(config["window_size"], side), *shared)
-        for hidden, count, side in zip(widths, heads, longest, strict=True)
+        for hidden, count, side in zip(widths, heads, map(max, grids), strict=True)
     ]
-    return Layout(grid, stages, depths, config["bottleneck_depth"], decoder)
+    cells = [rows * columns for rows, columns in grids]
+    return Layout(grid, cells, stages, depths, config["bottleneck_depth"], decoder)
 
 
 def _spread(config: Mapping[str, Any], name: str) -> list[int]:

@@ -152,3 +152,19 @@ def _inside(source: str) -> str:
 
 def _sentence(advice: Advice) -> str:
     return advice if isinstance(advice, str) else advice()
+
+
+def refuse_scaled_skips(config: Mapping[str, Any], *, family: str) -> None:
+    """Refuse a model whose long skips are scaled, where the official program scales none.
+
+    Constant factors leave no trace in a state dict, which would load and give other numbers.
+
+    Raises:
+        CheckpointError: ``skip_scale`` is not ``none``.
+    """
+    kinds = config["skip_scale"]
+    if {"none"} != ({kinds} if isinstance(kinds, str) else set(kinds)):
+        raise CheckpointError(
+            f"The model has skip_scale={kinds}, which the official {family} does not know. Build "
+            "it with skip_scale=none, or save it with save_pretrained."
+        )

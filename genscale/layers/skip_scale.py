@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -62,15 +63,15 @@ class SkipScale(nn.Module):
     | ``none`` | 1: the skip itself, bit for bit |
     | ``constant`` | 1 / sqrt 2 |
     | ``geometric`` | kappa^(n - 1 - j): 1 on the outermost; the paper's CS |
-    | ``gate_shared`` | a :class:`TokenGate`, one for all skips; the paper's LS |
+    | ``gate_shared`` | a :class:`TokenGate`, one for all skips of as many tokens; the paper's LS |
     | ``gate`` | a :class:`TokenGate` each |
     | ``channel`` | a learned number a channel and skip, 1 at the start; of any resolution |
 
     Args:
         kind: one of the above.
         num_skips: n.
-        hidden_size: width D of the skips; read by ``channel``.
-        num_tokens: positions N of a skip; read by the gates.
+        hidden_size: width D of the skips, of each or of all; read by ``channel``.
+        num_tokens: positions N of a skip, of each or of all; read by the gates.
         kappa: base of ``geometric``, in (0, 1]; with many skips choose it near 1, so that
             kappa^(n - 1) stays about 0.1 or more.
         reduction: see :class:`TokenGate`.
@@ -84,8 +85,8 @@ class SkipScale(nn.Module):
         kind: SkipScaling,
         num_skips: int,
         *,
-        hidden_size: int,
-        num_tokens: int,
+        hidden_size: int | Sequence[int],
+        num_tokens: int | Sequence[int],
         kappa: float = 0.5,
         reduction: int = 16,
     ) -> None:
@@ -104,21 +105,27 @@ class SkipScale(nn.Module):
         self.kind = kind
         self.factors: list[float] | None = None
         self.gates: nn.ModuleList | None = None
-        self.channels: nn.Parameter | None = None
+        self.channels: nn.Parameter | nn.ParameterList | None = None
+        self.gate_of: list[int] = []  # which gate is a skip's
         if kind == "constant":
             self.factors = [math.sqrt(0.5)] * num_skips
         elif kind == "geometric":
             self.factors = [kappa ** (num_skips - 1 - j) for j in range(num_skips)]
         elif kind in ("gate", "gate_shared") and num_skips:
-            if num_tokens < reduction:
+            tokens = _each(num_tokens, num_skips)
+            if min(tokens) < reduction:
                 raise ConfigError(
-                    f"model.skip_scale={kind} needs {reduction} tokens at least, but the trained "
-                    f"input has {num_tokens}. Choose another, or a smaller model.patch_size."
+                    f"model.skip_scale={kind} needs {reduction} tokens at least, but a skip of the "
+                    f"trained input has {min(tokens)}. Choose another, or smaller patches."
                 )
-            count = num_skips if kind == "gate" else 1
-            self.gates = nn.ModuleList(TokenGate(num_tokens, reduction) for _ in range(count))
-        elif kind == "channel":
+            sizes = list(dict.fromkeys(tokens)) if kind == "gate_shared" else tokens
+            self.gates = nn.ModuleList(TokenGate(size, reduction) for size in sizes)
+            self.gate_of = [j if kind == "gate" else sizes.index(n) for j, n in enumerate(tokens)]
+        elif kind == "channel" and isinstance(hidden_size, int):
             self.channels = nn.Parameter(torch.empty(num_skips, hidden_size))
+        elif kind == "channel":
+            widths = _each(hidden_size, num_skips)
+            self.channels = nn.ParameterList(nn.Parameter(torch.empty(size)) for size in widths)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -126,16 +133,22 @@ class SkipScale(nn.Module):
         for gate in self.gates.children() if self.gates is not None else ():
             if isinstance(gate, TokenGate):
                 gate.reset_parameters()
-        if self.channels is not None:
+        if isinstance(self.channels, nn.Parameter):
             nn.init.ones_(self.channels)
+        for factors in self.channels if isinstance(self.channels, nn.ParameterList) else ():
+            nn.init.ones_(factors)
 
     def forward(self, skip: Tensor, index: int) -> Tensor:
         """Scale skip ``index`` (0 is the innermost) of shape ``(B, ..., D)``."""
         if self.factors is not None:
             return skip * self.factors[index]
         if self.gates is not None:
-            gated: Tensor = self.gates[index % len(self.gates)](skip)
+            gated: Tensor = self.gates[self.gate_of[index]](skip)
             return gated
         if self.channels is not None:
             return (skip * upcast(self.channels[index])).to(skip.dtype)
         return skip
+
+
+def _each(value: int | Sequence[int], count: int) -> list[int]:
+    return [value] * count if isinstance(value, int) else list(value)

@@ -27,6 +27,7 @@ from genscale.io.keys import (
     check_shapes,
     count_children,
     on_meta,
+    refuse_scaled_skips,
     settings_sentence,
 )
 from genscale.layers.rope import initial_log_frequencies
@@ -240,6 +241,7 @@ class _Piece:
 
 def _pieces(model: DiMR) -> Iterator[_Piece]:
     """Yield the official tensors that make up each of our tensors, in order of rows."""
+    refuse_scaled_skips(model.config, family="DiMR")
     vectors = {_official_name(name): rows for name, rows in model.time.slices().items()}
     for name, tensor in model.state_dict().items():
         if name in _PACKED:

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from genscale.backbones.lamamba import LaMamba
 from genscale.errors import CheckpointError, ConfigError
-from genscale.io.keys import check_keys, check_shapes, count_children, on_meta, settings_sentence
+from genscale.io.keys import (
+    check_keys,
+    check_shapes,
+    count_children,
+    on_meta,
+    refuse_scaled_skips,
+    settings_sentence,
+)
 
 BACKBONE = LaMamba
 
@@ -248,6 +255,7 @@ def _names(model: LaMamba) -> dict[str, str]:
             f"The model has modulation_rank={model.config['modulation_rank']}, which the official "
             "program does not know. Build it with modulation_rank=null."
         )
+    refuse_scaled_skips(model.config, family="LaMamba")
     strided = model.config["downsample"] != "merge"
     return {name: official_name(name, strided=strided) for name in model.state_dict()}
 
