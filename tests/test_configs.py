@@ -34,7 +34,9 @@ def composed(name: str, overrides: list[str]) -> DictConfig:
         return compose(name, overrides=overrides)
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "cache"])
+@pytest.mark.parametrize(
+    "name", ["train", "sample", "evaluate", "cache", "export", "import_checkpoint"]
+)
 def test_primary_configs_compose(name: str) -> None:
     cfg = composed(name, [])
     assert OmegaConf.to_container(cfg)  # no missing values in the structure

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch import Tensor, nn
 
 from genscale import GenerationPipeline, rng
+from genscale.autoencoders.base import Autoencoder
 from genscale.autoencoders.identity import Identity
+from genscale.autoencoders.offload import OffloadedDecoder
 from genscale.backbones.dimr import DiMR
 from genscale.conditioning.base import Conditioning
 from genscale.errors import CheckpointError, ConfigError, DataError
@@ -139,7 +143,82 @@ class TestDevices:
             choose_device("gpu0")
 
 
+class Moving(Autoencoder):
+    """Notes when it is moved; its weights come with the first use where ``lazy``."""
+
+    latent_channels, downsample = 1, 1
+
+    def __init__(self, *, lazy: bool) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        self.inner: nn.Module | None = None if lazy else nn.Conv2d(1, 1, 1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.events.append("moved")
+        return super()._apply(fn, recurse)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.events.append(f"decoded on {latents.device.type}")
+        self.inner = (self.inner or nn.Conv2d(1, 1, 1)).to(latents.device)
+        self.weights_were_on = next(self.inner.parameters()).device.type
+        return self.inner(latents)
+
+
+class TestOffload:
+    @pytest.mark.parametrize("lazy", [False, True])
+    def test_the_autoencoder_moves_for_every_decoding(self, lazy: bool) -> None:
+        torch.manual_seed(0)
+        autoencoder = Moving(lazy=lazy)
+        # a name of the CPU that accelerate takes for another device
+        decoder = OffloadedDecoder(autoencoder, torch.device("cpu:0"))
+        latents = torch.ones(1, 1, 2, 2)
+        first = decoder.decode(latents)
+        autoencoder.events.clear()
+        assert torch.equal(decoder.decode(latents), first)
+        assert autoencoder.events == ["moved", "decoded on cpu", "moved"]
+
+    def test_samples_stay_the_same(self, trained_run: Path) -> None:
+        pipeline = GenerationPipeline.from_run(trained_run, device="cpu")
+        torch.manual_seed(0)
+        pipeline.autoencoder = Moving(lazy=False)
+        expected = pipeline.generate(num_samples=2)
+        assert torch.equal(pipeline.offload().generate(num_samples=2), expected)
+        assert torch.equal(pipeline.to("cpu").generate(num_samples=2), expected)
+
+    @pytest.mark.gpu
+    def test_its_weights_are_on_the_device_only_while_it_works(self, trained_run: Path) -> None:
+        pipeline = GenerationPipeline.from_run(trained_run, device="cuda")
+        autoencoder = Moving(lazy=False)
+        pipeline.autoencoder = autoencoder
+        pipeline.offload().generate(num_samples=2)
+        assert autoencoder.weights_were_on == "cuda"
+        assert {p.device.type for p in autoencoder.parameters()} == {"cpu"}
+
+    def test_the_package_is_asked_for_in_words(
+        self, pipeline: GenerationPipeline, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "accelerate", None)
+        with pytest.raises(ImportError, match=r"offload=true needs .*pip install .genscale\[offl"):
+            pipeline.offload()
+
+    def test_it_is_a_setting_of_sampling(self, trained_run: Path, command: Any) -> None:
+        words = (f"run={trained_run}", "num_samples=2", "offload=true")
+        assert command("sample", *words).status == 0
+
+
 class TestLoading:
+    def test_a_file_of_another_depth_says_so(self, run_copy: Path) -> None:
+        checkpoint = next((run_copy / "checkpoints").glob("*.ckpt"))
+        change_config(run_copy, lambda config: config["model"].update(depths=[5, 1]))
+        with pytest.raises(
+            CheckpointError,
+            match=r"The file looks like depth 1 of stages\.0\.blocks, the config says 5",
+        ):
+            GenerationPipeline.from_run(run_copy, checkpoint=checkpoint)
+
     def test_the_run_decides_what_is_built(self, pipeline: GenerationPipeline) -> None:
         assert isinstance(pipeline.model, DiMR)
         assert not pipeline.model.training

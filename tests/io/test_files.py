@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from genscale.io.files import atomic_write, write_json
+from genscale.io.files import atomic_folder, atomic_write, write_json
 
 
 def test_a_file_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -44,6 +44,38 @@ def test_a_body_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder"
+
+    def write_half() -> None:
+        with atomic_folder(path) as temporary:
+            (temporary / "inner").mkdir()
+            (temporary / "inner" / "a").write_text("a")
+            assert not path.exists()
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        write_half()
+    assert list((tmp_path / "new").iterdir()) == []
+    path.mkdir()  # an empty folder may be there
+    with atomic_folder(path) as temporary:
+        (temporary / "a").write_text("whole")
+    assert [p.name for p in path.iterdir()] == ["a"]
+    assert [p.name for p in path.parent.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_nothing_is_written_over(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "there"
+    if kind == "folder":
+        path.mkdir()
+    (path / "a" if kind == "folder" else path).write_text("old")
+    with pytest.raises(FileExistsError, match="is there already, and a new or empty folder is"):  # noqa: SIM117
+        with atomic_folder(path):
+            pytest.fail("the body is not run")
+    assert (path / "a" if kind == "folder" else path).read_text() == "old"
+
+
 def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {})
     (tmp_path / "plain").write_text("")

@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from genscale.errors import CheckpointError
-from genscale.io.weights import below, check_choice, load_strictly, read_checkpoint
+from genscale.io.weights import (
+    assign_strictly,
+    below,
+    check_choice,
+    complete_from,
+    load_strictly,
+    read_checkpoint,
+)
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -121,6 +128,47 @@ class TestLoading:
         state = {"weight": torch.zeros(3, 5), "bias": torch.zeros(3)}
         with pytest.raises(CheckpointError, match=r"weight is \(3, 5\), expected \(3, 2\)"):
             load_strictly(model, state, source="x.ckpt")
+
+    def test_a_model_on_the_meta_device_gets_tensors_of_its_own(self) -> None:
+        with torch.device("meta"):
+            target = nn.Linear(2, 3)
+        state = {"weight": torch.ones(3, 2, dtype=torch.bfloat16), "bias": torch.zeros(3)}
+        assign_strictly(target, state, device=torch.device("cpu"), source="x")
+        assert target.weight.dtype == torch.float32  # as built
+        assert target.weight.requires_grad
+        assert torch.equal(target(torch.ones(1, 2)), torch.full((1, 3), 2.0))
+        state["bias"].fill_(9.0)  # as if the file changed
+        assert torch.equal(target.bias, torch.zeros(3))
+        with pytest.raises(CheckpointError, match=r"1 missing, 0 unexpected keys for Linear in y"):
+            assign_strictly(target, {"bias": state["bias"]}, device=torch.device("cpu"), source="y")
+
+    def test_what_no_file_holds_is_computed_anew(self) -> None:
+        built = 0
+
+        class Inner(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.register_buffer("table", torch.arange(3.0), persistent=False)
+                self.plain = torch.tensor([5.0])
+
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                nonlocal built
+                built += 1
+                self.inner, self.layer = Inner(), nn.Linear(1, 1)
+
+        state = Net().state_dict()
+        assert list(state) == ["layer.weight", "layer.bias"]
+        with torch.device("meta"):
+            net = Net()
+        assign_strictly(net, state, device=torch.device("cpu"), source="x")
+        complete_from(net, Net)
+        assert torch.equal(net.inner.table, torch.arange(3.0))  # type: ignore[arg-type]
+        assert torch.equal(net.inner.plain, torch.tensor([5.0]))  # type: ignore[arg-type]
+        assert "inner.table" not in net.state_dict()
+        complete_from(net, Net)  # nothing is lacking: nothing is built
+        assert built == 3
 
     def test_below_takes_one_part(self) -> None:
         state = {"ema.a": torch.ones(1), "model.a": torch.zeros(1), "em": torch.zeros(1)}
