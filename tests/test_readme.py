@@ -57,6 +57,9 @@ def entry_of(command: str) -> tuple[str, list[str]] | None:
     for i, word in enumerate(words):
         if word.removesuffix(".py") in ENTRIES and word.endswith(".py"):
             return word.removesuffix(".py"), words[i + 1 :]
+        module = word.removeprefix("genscale.cli.")
+        if module != word and (ROOT / "conf" / f"{module}.yaml").is_file():
+            return module, words[i + 1 :]
     return None
 
 
@@ -73,7 +76,7 @@ def compose(name: str, words: list[str]) -> None:
     )
 
 
-RUN = [c for c in commands(README) if entry_of(c)]
+RUN = [c for c in commands(README) if (entry_of(c) or ("",))[0] in ENTRIES]
 
 
 @pytest.fixture

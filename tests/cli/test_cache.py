@@ -9,19 +9,24 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from genscale.autoencoders.diffusers_folder import WEIGHTS
+from genscale.autoencoders.identity import Identity
 from genscale.autoencoders.kl import KL
 from genscale.cli.app import main
+from genscale.cli.autoencoding import autoencoder_problems, channel_problems
 from genscale.data.image_folder import ImageFolder
 from genscale.data.latent_index import shard_name
-from genscale.data.latents import Latents
+from genscale.data.latents import LatentDataModule, Latents
+from genscale.data.module import ImageDataModule
 from genscale.io.images import from_uint8
 from tests.conftest import Command
 
@@ -324,6 +329,32 @@ class TestMistakes:
         )
         assert result.stdout.startswith("usage: python -m genscale.cli.cache [group=option")
         assert "dtype=float16" in result.stdout
+
+
+class TestProblems:
+    def config(self, **autoencoder: Any) -> DictConfig:
+        node = {"_target_": "genscale.autoencoders.kl.KL", "downsample": 2, **autoencoder}
+        intervals = {"sample_every": 0, "metrics_every": 0}
+        return OmegaConf.create({"autoencoder": node, "callbacks": intervals})
+
+    def test_pictures_need_an_encoder_and_grids_a_decoder(
+        self, pictures: Path, whole: Path, tiny_vae: Path
+    ) -> None:
+        images = ImageDataModule(ImageFolder(pictures, 16), batch_size=2)
+        latents = LatentDataModule(Latents(whole), batch_size=2)
+        bare, given = self.config(), self.config(source=str(tiny_vae))
+        assert autoencoder_problems(given, images) == autoencoder_problems(given, latents) == []
+        assert autoencoder_problems(bare, latents) == []
+        (problem,) = autoencoder_problems(bare, images)
+        assert "needed to encode pictures" in problem
+        bare.callbacks.sample_every = 10
+        (problem,) = autoencoder_problems(bare, latents)
+        assert "needed to decode samples" in problem
+
+    def test_channels_of_pictures(self) -> None:
+        assert channel_problems(Identity(latent_channels=1), 1) == []
+        assert channel_problems(KL(), 3) == []
+        assert len(channel_problems(KL(), 1)) == 1
 
 
 @pytest.fixture
