@@ -28,8 +28,22 @@ def initialise() -> tuple[int, int]:
 
 
 def launched() -> int:
-    """Return how many processes a launcher outside (torchrun, explicit ``RANK``) has started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    """Return how many processes a launcher outside has started: torchrun, srun, or a person."""
+    if "RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # set by srun alone
+
+
+def may_be_first() -> bool:
+    """Return whether this process can turn out to be the first, as far as its launcher has said.
+
+    Can be asked before there is a group: of torchrun (``RANK``), SLURM and Lightning's own
+    launcher, whichever started it.
+    """
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    names = ("SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in names)
 
 
 _STORES: list[Any] = []  # the first process's store serves the others until it ends
@@ -41,7 +55,7 @@ def agree(name: str, value: Callable[[], str]) -> str:
     Needs no process group, so that it can be asked before one is made: the value goes through
     the store at ``MASTER_ADDR``:``MASTER_PORT``, where the group will be made too.
     """
-    if launched() == 1:
+    if launched() == 1 or "RANK" not in os.environ:
         return value()
     store, rank, _ = next(rendezvous("env://"))
     _STORES.append(store)

@@ -30,7 +30,7 @@ def locate(cfg: DictConfig) -> tuple[RunFolder, Path | None]:
         folder = _find_resumed(cfg, outputs)
     else:
         parent = (outputs / cfg.name).absolute()
-        job = os.environ.get("SLURM_JOB_ID")
+        job = _batch_job()
         if cfg.run_dir:
             folder = RunFolder(Path(cfg.run_dir).expanduser().absolute())
         elif job:
@@ -44,6 +44,15 @@ def locate(cfg: DictConfig) -> tuple[RunFolder, Path | None]:
             )
     os.environ[_RUN_DIR_VARIABLE] = str(folder.path)
     return folder, _checkpoint_to_resume(cfg, folder)
+
+
+def _batch_job() -> str | None:
+    """Return the number of the SLURM job this is, which a requeued job keeps.
+
+    Many runs may be started by hand from one interactive job: they are runs of their own.
+    """
+    by_hand = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return None if by_hand else os.environ.get("SLURM_JOB_ID")
 
 
 def _find_resumed(cfg: DictConfig, outputs: Path) -> RunFolder:

@@ -52,8 +52,25 @@ def quiet_lightning() -> None:
         ".*`training_step` returned `None`.*",
         ".*in eval mode at the start of training.*",
         ".*IterableDataset.*",
+        ".*returned a view tensor.*",  # of a sharded model, for whom writes into its output
     ):
         warnings.filterwarnings("ignore", text)
+
+
+def cluster_plugins() -> list[Any]:
+    """Return how Lightning finds the processes that SLURM started; empty where it did not.
+
+    Lightning's own answer to SIGUSR1, a checkpoint of another name and ``scontrol requeue``, is
+    left out: the run stops by itself, and the batch script asks for the job to come again.
+    """
+    from lightning.pytorch.plugins.environments import (
+        SLURMEnvironment,
+        TorchElasticEnvironment,
+    )
+
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []
+    return [SLURMEnvironment(auto_requeue=False)]
 
 
 def default_name(cfg: DictConfig) -> str:

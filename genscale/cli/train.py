@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from genscale import dist
 from genscale.cli.app import instantiate
 from genscale.cli.placing import locate
 from genscale.cli.sample import label_law
@@ -15,6 +17,7 @@ from genscale.cli.startup import (
     adopt_data,
     check,
     check_processes,
+    cluster_plugins,
     default_name,
     forget_hydra,
     quiet_lightning,
@@ -60,7 +63,7 @@ def _assemble(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> tuple[Any,
 
     torch.manual_seed(cfg.seed)  # initial weights; everything later is keyed
     module = GenerativeModule(
-        model=instantiate(cfg.model, "model"),
+        model=_model(cfg),
         autoencoder=instantiate(cfg.autoencoder, "autoencoder"),
         objective=instantiate(cfg.objective, "objective"),
         optimizer=instantiate(cfg.optim, "optim"),
@@ -87,6 +90,7 @@ def _assemble(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> tuple[Any,
         profiler=_profiler(cfg.trainer.get("profiler"), folder),
         callbacks=_callbacks(cfg, datamodule, folder, module, log),
         logger=loggers or False,
+        plugins=cluster_plugins(),
         default_root_dir=str(folder.path),
         max_epochs=-1,
         limit_val_batches=0,
@@ -97,6 +101,15 @@ def _assemble(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> tuple[Any,
         log_every_n_steps=10**9,
     )
     return trainer, module, log
+
+
+def _model(cfg: DictConfig) -> Any:
+    """Build the backbone; a process that will be sent its shards of it needs no weights now."""
+    import torch
+
+    sharded = str(OmegaConf.select(cfg, "trainer.strategy._target_")).endswith(".FullySharded")
+    with torch.device("meta") if sharded and not dist.may_be_first() else nullcontext():
+        return instantiate(cfg.model, "model")
 
 
 def _callbacks(

@@ -35,11 +35,15 @@ class Shards:
 
     Args:
         mesh: the processes, one axis.
-        block_dtype: what the blocks of a trained model are gathered in; None keeps float32.
+        autocast: the type in which the model is trained under autocast; None where it is not.
     """
 
     mesh: DeviceMesh
-    block_dtype: torch.dtype | None = None
+    autocast: torch.dtype | None = None
+
+
+# modules that autocast runs in half precision on all devices, with all they own
+_CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def scale_out(
@@ -114,9 +118,11 @@ def shard(model: Backbone, shards: Shards, *, keep_root: bool = True) -> None:
     the model on the meta device. So one copy of the whole model is needed, in the host memory of
     the first process; on the devices, no more than one block is whole at a time.
 
-    Gradients are reduced in float32 and the weights that the optimizer sees are float32. Inputs
-    are not cast here (a time rounded to bfloat16 would be another time): autocast does it where an
-    operation allows it.
+    The weights that the optimizer sees are float32, and gradients are reduced in float32. A block
+    all of whose parameters autocast would round anyway is gathered in that type: half the traffic,
+    and the same numbers. Any other one is gathered in float32, as is what belongs to no block: the
+    scale of a norm or the rates of a scan, rounded, would make another network. Nor are inputs
+    cast here: a time rounded to bfloat16 is another time.
 
     Args:
         model: on the CPU, the device of the mesh, or meta.
@@ -130,12 +136,13 @@ def shard(model: Backbone, shards: Shards, *, keep_root: bool = True) -> None:
     if isinstance(model, FSDPModule):
         return
     full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    block_policy = MixedPrecisionPolicy(
-        param_dtype=shards.block_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    half = MixedPrecisionPolicy(
+        param_dtype=shards.autocast, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in blocks_of(model):
         _send_from_first(block, shards.mesh)
-        fully_shard(block, mesh=shards.mesh, mp_policy=block_policy)
+        policy = half if _is_cast_whole(block) else full
+        fully_shard(block, mesh=shards.mesh, mp_policy=policy)
     _send_from_first(model, shards.mesh)
     fully_shard(
         model,
@@ -143,6 +150,11 @@ def shard(model: Backbone, shards: Shards, *, keep_root: bool = True) -> None:
         mp_policy=full,
         reshard_after_forward=None if keep_root else True,
     )
+
+
+def _is_cast_whole(block: nn.Module) -> bool:
+    owners = [m for m in block.modules() if next(m.parameters(recurse=False), None) is not None]
+    return all(isinstance(owner, _CAST) for owner in owners)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -11,7 +11,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from genscale.errors import ConfigError
 from genscale.io.weights import load_strictly, read_checkpoint
 from genscale.training.parallel import Shards, cut_like, full_value
 
@@ -25,23 +24,12 @@ class FullySharded(ModelParallelStrategy):
 
     Saving gathers one tensor at a time and keeps it on the CPU of the first process. Loading reads
     the file memory-mapped on every process, and of each tensor the part that is needed.
-
-    Args:
-        block_dtype: what blocks are gathered in. ``auto``: bfloat16 where the trainer's precision
-            is ``bf16-mixed`` (half the traffic; parameters that autocast would leave in float32,
-            as scales of norms, are rounded too), else float32. ``float32``: the bits of ``ddp``.
     """
 
-    def __init__(self, *, block_dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> None:
-        if block_dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(
-                "trainer.strategy.block_dtype must be auto, float32 or bfloat16, but "
-                f"'{block_dtype}' was given."
-            )
+    def __init__(self) -> None:
         super().__init__(
             data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
-        self.block_dtype = block_dtype
 
     def setup_environment(self) -> None:
         """Make the data-parallel group span all processes.
@@ -56,8 +44,7 @@ class FullySharded(ModelParallelStrategy):
     def shards(self) -> Shards:
         """How ``configure_model`` cuts networks."""
         mixed = self.precision_plugin.precision == "bf16-mixed"
-        half = self.block_dtype == "bfloat16" or (self.block_dtype == "auto" and mixed)
-        return Shards(self.device_mesh["data_parallel"], torch.bfloat16 if half else None)
+        return Shards(self.device_mesh["data_parallel"], torch.bfloat16 if mixed else None)
 
     @property
     def lightning_restore_optimizer(self) -> bool:

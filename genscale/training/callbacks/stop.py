@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run after the current step, with a checkpoint."""
+"""SIGTERM, SIGUSR1 and Ctrl-C end a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from genscale.training.module import GenerativeModule
 class GracefulStop(StepCallback):
     """Turns the first SIGTERM or SIGINT into a stop at the end of the step; a second one kills.
 
+    SIGUSR1, which SLURM sends before a job's time is over, stops too, however often it comes.
     Processes agree on stopping every ``every`` steps, so that all save the same step.
 
     Args:
@@ -28,15 +29,16 @@ class GracefulStop(StepCallback):
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the two signals."""
+        """Take over the signals."""
         super().on_train_start(trainer, pl_module)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received = number
+        elif number != signal.SIGUSR1:
             raise KeyboardInterrupt
-        self.received = number
 
     def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         """Ask the trainer to stop when a signal came, on any process."""
