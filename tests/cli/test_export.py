@@ -13,8 +13,15 @@ from genscale.backbones.dit import DiT
 from genscale.backbones.uvit import UViT
 from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
-from genscale.io.layouts import as_words, converter_of, untold_settings, write_diffusers
+from genscale.io.layouts import (
+    as_words,
+    converter_of,
+    untold_settings,
+    write_diffusers,
+    write_official,
+)
 from genscale.io.model_card import model_card
+from genscale.io.weights import read_checkpoint
 from genscale.pipeline import EXPORTED, GenerationPipeline
 
 SETTINGS: dict[str, Any] = {
@@ -132,6 +139,16 @@ def test_layouts_that_cannot_hold_the_network_are_refused(command: Any, tmp_path
 
     with pytest.raises(ConfigError, match=r"no official layout of Mine; converters are for dimr,"):
         converter_of(Mine(**SETTINGS))
+
+
+def test_official_files_are_two_of_the_same(tmp_path: Path) -> None:
+    model: DiT = DiT(**SETTINGS)
+    untold = write_official(model, tmp_path)
+    assert untold == {"num_heads": 2}  # 1 head of 16 channels is what its shapes suggest
+    state = read_checkpoint(tmp_path / "model.pth")  # nothing but tensors
+    assert torch.equal(state["final_layer.linear.bias"], model.head.bias)
+    assert state["pos_embed"].shape == (1, 16, 16)
+    assert state.keys() == read_checkpoint(tmp_path / "model.safetensors").keys()
 
 
 def test_settings_that_a_file_does_not_tell_are_written_as_words() -> None:

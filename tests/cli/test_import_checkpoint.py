@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import initialize_config_dir
 from safetensors.torch import save_file
 from torch import Tensor
 
 from genscale.backbones.base import Backbone
 from genscale.cli.import_checkpoint import main, with_settings
-from genscale.cli.recipes import check_recipe, nearest, published
+from genscale.cli.recipes import check_recipe, compose_recipe, nearest, published
+from genscale.cli.resolvers import register_resolvers
 from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
 from genscale.io.converters import converter
@@ -155,6 +157,19 @@ def test_published_sizes_are_their_own_nearest_recipe(family: str) -> None:
             chain += [x for x in content["defaults"] if isinstance(x, str) and x != "_self_"]
         found = {key: value for key, value in sizes.items() if "${" not in str(value)}
         assert nearest(family, found, CONF) == name
+
+
+def test_a_recipe_is_composed_around_the_network() -> None:
+    register_resolvers()
+    settings = {"in_channels": 16, "num_classes": 7, "learn_sigma": False, "input_size": 64}
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose_recipe(
+            "dit_xl_2", target="a.B", settings=settings, autoencoder={"source": "x", "y": None}
+        )
+    assert config["model"] == {"_target_": "a.B", **settings}  # nothing of the recipe's sizes
+    assert config["autoencoder"]["scale"] == 0.3611  # that of 16 channels
+    assert config["autoencoder"]["source"] == "x"
+    assert config["data_info"] == {"num_classes": 7, "class_names": []}
 
 
 def test_diffusers_folders_are_read(tmp_path: Path) -> None:
