@@ -30,6 +30,7 @@ THROUGH = {
     # the guidance of two branches: every subclass has its own tests
     "ClassifierFree": ("BranchGuidance", "Guided", "GuidedView", "MatchedView", "extrapolate"),
     "stacked": ("Stacked",),
+    "WeakModels": ("Trained",),
     "read_signature": ("Signature",),
     "main": ("help_page",),  # --help
     # results, whose fields are read

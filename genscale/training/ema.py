@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from genscale.errors import ConfigError, did_you_mean
+from genscale.training.parallel import local_part
 
 SnapshotDtype = Literal["float32", "float16"]
 
@@ -41,19 +41,13 @@ class EMA(ABC):
         are copied.
         """
         weight = 1.0 - self.decay_at(step)
-        targets = [_local(p) for p in average.parameters()]
-        sources = [_local(p) for p in model.parameters()]
+        targets = [local_part(p.detach()) for p in average.parameters()]
+        sources = [local_part(p.detach()) for p in model.parameters()]
         torch._foreach_lerp_(
             targets, [s.to(t.dtype) for s, t in zip(sources, targets, strict=True)], weight
         )
         for target, source in zip(average.buffers(), model.buffers(), strict=True):
-            _local(target).copy_(_local(source))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor; writing to it writes to the tensor."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local_part(target).copy_(local_part(source))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,11 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from genscale.errors import CheckpointError, ConfigError
 from genscale.io.files import atomic_write
 from genscale.training.ema import PowerEMA
+from genscale.training.parallel import full_value
 
 _SNAPSHOT = re.compile(r"ema_(?P<width>[0-9.e-]+)_step-(?P<step>\d+)\.safetensors$")
 
@@ -119,7 +119,7 @@ def save_snapshot(
     averaged = {name for name, _ in average.named_parameters(remove_duplicate=False)}
     state = {}
     for name, tensor in average.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = full_value(tensor)
         if write:
             kind = dtype if name in averaged and whole.is_floating_point() else whole.dtype
             state[name] = whole.detach().to("cpu", kind, copy=True).contiguous()

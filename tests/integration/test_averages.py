@@ -15,7 +15,7 @@ import yaml
 from genscale.cli.app import main
 from genscale.errors import CheckpointError, ConfigError
 from genscale.evaluation import describe
-from genscale.guidance.autoguidance import Autoguidance
+from genscale.guidance.autoguidance import Autoguidance, WeakSettings
 from genscale.io.weights import read_checkpoint
 from genscale.pipeline import GenerationPipeline
 from genscale.runs import RunFolder
@@ -339,7 +339,8 @@ class TestAutoguidance:
 
         pipeline, models = GenerationPipeline.from_run(run, device="cpu"), WeakModels(load)
         guidance = Autoguidance(weak_weights="mine")
-        models.add(guidance.settings, WeakModel(pipeline.model, pipeline.objective, "mine"))
+        settings = WeakSettings(run=None, checkpoint=None, weights="mine")
+        models.add(settings, WeakModel(pipeline.model, pipeline.objective, "mine"))
         led = models.lead(guidance, pipeline)
         assert isinstance(led, Autoguidance)
         assert led.label == "Autoguidance by mine"
