@@ -17,19 +17,21 @@ class AdamW:
     """AdamW with decoupled weight decay (arXiv:1711.05101), fused into one kernel a step.
 
     Parameters that the model names in ``no_weight_decay()`` get no decay; all others do,
-    biases and norms included, as in DiT's, U-ViT's and DiMR's recipes.
+    biases and norms included, as in U-ViT's and DiMR's recipes.
 
     Args:
         lr: peak learning rate.
         betas: decay rates of the first and second moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay a step, multiplied by the learning rate.
+        decay_all: decay also what the model names, as LaMamba's official program does.
     """
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    decay_all: bool = False
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -44,7 +46,8 @@ class AdamW:
 
     def build(self, model: nn.Module) -> Optimizer:
         """Return the optimizer over the trainable parameters of ``model``."""
-        exempt = model.no_weight_decay() if isinstance(model, Backbone) else set()
+        spares = isinstance(model, Backbone) and not self.decay_all
+        exempt = model.no_weight_decay() if spares else set()
         decayed: list[Tensor] = []
         plain: list[Tensor] = []
         for name, parameter in model.named_parameters():
