@@ -92,6 +92,12 @@ class BranchGuidance(Guidance):
         self.interval = None if interval is None else (float(interval[0]), float(interval[1]))
         self.channels = channels
 
+    @property
+    def label(self) -> str:
+        """The name, and the channels where not all are guided."""
+        part = "" if self.channels is None else f" on {self.channels} channels"
+        return type(self).__name__ + part
+
     def wrap(self, view: Denoiser) -> Denoiser:
         """Return the guided view; scale 1 returns the view itself."""
         return view if self.scale == 1.0 else GuidedView(self, view)

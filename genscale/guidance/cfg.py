@@ -73,6 +73,12 @@ class ClassifierFree(BranchGuidance):
         self.power = float(power)
         self.rescale = float(rescale)
 
+    @property
+    def label(self) -> str:
+        """The name, and what makes it more than a constant scale on all channels."""
+        growing = f" growing with power {self.power:g}" if self.form == "power_cosine" else ""
+        return super().label + growing + (f" rescaled by {self.rescale:g}" if self.rescale else "")
+
     def scale_at(self, level: Level, process: NoiseProcess) -> Tensor:
         """Return w of each row of a level, float64 on the CPU; exactly 1 where nothing guides."""
         scale = torch.full_like(level.alpha, self.scale)

@@ -236,6 +236,19 @@ def test_guided_particles_at_different_steps_go_together(
     assert torch.equal(mixed.nfe, whole.nfe)
 
 
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ({}, "ClassifierFree"),
+        ({"channels": 3}, "ClassifierFree on 3 channels"),
+        ({"form": "power_cosine", "power": 2}, "ClassifierFree growing with power 2"),
+        ({"rescale": 0.7}, "ClassifierFree rescaled by 0.7"),
+    ],
+)
+def test_protocols_tell_guidances_of_one_scale_apart(settings: dict, label: str) -> None:
+    assert ClassifierFree(4.0, **settings).label == label
+
+
 class TestErrors:
     def test_an_unconditional_model_cannot_be_guided(self) -> None:
         view = ClassifierFree(2.0).wrap(Toy())
