@@ -63,10 +63,10 @@ def describe(
     return EvalProtocol(
         num_samples=num_samples,
         class_law=class_law(labels, pipeline.num_classes),
-        sampler=type(sampler).__name__ + _cached(pipeline),
+        sampler=sampler.label + _cached(pipeline),
         steps=sampler.num_steps,
         nfe=nfe,
-        solver="sde" if getattr(sampler, "eta", 0.0) else "ode",
+        solver="sde" if sampler.stochastic else "ode",
         guidance=guidance.label if guided else "none",
         guidance_scale=scale if guided else None,
         guidance_interval=tuple(interval) if guided and interval is not None else None,

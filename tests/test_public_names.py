@@ -21,11 +21,10 @@ THROUGH = {
     "FlowMatching": ("NetworkView", "velocity_is_reversed", "network_input", "extras_of"),
     "Euler": ("euler_step", "Churn"),
     # held to k-diffusion's and EDM's numbers
-    "Karras": (
-        *("LevelSchedule", "NoiseSchedule", "VPSpaced", "named_schedule", "check_unshifted"),
-    ),
-    "RungeKutta": ("Tableau", "slope_of"),
-    "ReverseSDE": ("Tail",),
+    "Karras": (*("LevelSchedule", "NoiseSchedule", "VPSpaced", "check_unshifted"),),
+    "RungeKutta": ("Tableau", "weighted"),
+    "ReverseSDE": ("Tail", "diffusion_of", "step_law"),
+    "DiffusersSampler": ("check_settings",),
     "DDIM": ("GaussianSampler",),
     # the guidance of two branches: every subclass has its own tests
     "ClassifierFree": ("BranchGuidance", "Guided", "GuidedView", "MatchedView", "extrapolate"),

@@ -154,6 +154,16 @@ class Sampler(ABC):
     nfe_is_bound: ClassVar[bool] = False
 
     @property
+    def stochastic(self) -> bool:
+        """Whether steps draw noise, so that copies of a particle with other lineages part."""
+        return False
+
+    @property
+    def label(self) -> str:
+        """What protocols call it: everything that its steps do not say."""
+        return type(self).__name__
+
+    @property
     @abstractmethod
     def num_steps(self) -> int:
         """Number of ``advance`` calls from start to finish."""

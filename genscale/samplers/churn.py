@@ -82,6 +82,11 @@ class ChurnSampler(GridSampler):
             )
         self.churn = Churn(float(churn), float(churn_min), float(churn_max), float(churn_noise))
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw noise."""
+        return self.churn.amount > 0.0
+
     def grid(self, process: NoiseProcess) -> Level:
         """Return the levels at which steps begin, churn included, and the clean level."""
         if self.churn.amount == 0.0:

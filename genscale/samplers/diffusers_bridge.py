@@ -84,7 +84,17 @@ class DiffusersSampler(GridSampler):
         self.lists = {
             name: most or len(getattr(probe.scheduler, name)) for name, most in kind.lists
         }
-        self._try(probe)
+        self._draws = self._first_step_draws(probe)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw noise."""
+        return self._draws
+
+    @property
+    def label(self) -> str:
+        """The class, and its settings where there are any."""
+        return self.scheduler if self.settings == "{}" else f"{self.scheduler}{self.settings}"
 
     @property
     def num_steps(self) -> int:
@@ -263,21 +273,33 @@ class DiffusersSampler(GridSampler):
         row = torch.tensor([numbers], dtype=torch.int64, device="cpu")
         return {"numbers": row.expand(len(state), -1).clone(), **kept}
 
-    def _try(self, prepared: Prepared) -> None:
-        """Take the first call of the scheduler on zeros: what it refuses is told here."""
-        scheduler, x = copy.deepcopy(prepared.scheduler), torch.zeros((1, 1, 1, 1), device="cpu")
+    def _first_step_draws(self, prepared: Prepared) -> bool:
+        """Take the first step on zeros: what the class refuses is told here.
+
+        Returns:
+            whether it drew noise.
+        """
+        scheduler, drawn = copy.deepcopy(prepared.scheduler), []
+        x = torch.zeros((1, 1, 1, 1), device="cpu")
         if hasattr(scheduler, "_step_index"):
             scheduler._step_index = 0
         if hasattr(scheduler, "is_scale_input_called"):
             scheduler.is_scale_input_called = True
+
+        def draw() -> Tensor:
+            drawn.append(True)
+            return x
+
         try:
-            self._call(prepared, scheduler, 0, x, (x, x), lambda: x)
+            for call in range(int(self.places[1])):
+                self._call(prepared, scheduler, call, x, (x, x), draw)
         except (ValueError, NotImplementedError, IndexError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise ConfigError(
                 f"{self.scheduler} refuses sampler.config={self.settings}: {reason}. "
                 "Change these settings."
             ) from error
+        return bool(drawn)
 
 
 def _model_output(prepared: Prepared, call: int, x: Tensor, clean: Tensor, noise: Tensor) -> Tensor:

@@ -73,6 +73,11 @@ class DPMSolverMultistep(GaussianSampler):
         self.eta = float(eta)
         self.correction = correction
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw noise."""
+        return self.eta > 0.0
+
     def transition(self, state: State) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation ``(B,)`` of the next x; see the class."""
         clean, _ = estimates(state)

@@ -122,6 +122,11 @@ class ReverseSDE(GaussianSampler):
         super().__init__(steps, schedule=schedule, precision=precision)
         self.settings = _Settings(diffusion, float(norm), last)
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw noise."""
+        return self.settings.norm > 0.0
+
     def transition(self, state: State) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation ``(B,)`` of the next x; see the class."""
         process = self._process_of(state)
@@ -201,6 +206,11 @@ class ReverseSDEHeun(GridSampler):
             )
         super().__init__(steps, schedule=schedule, precision=precision)
         self.settings = _Settings(diffusion, float(norm), last)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw noise."""
+        return self.settings.norm > 0.0
 
     def nfe(self, i: int, j: int) -> int:
         """Network evaluations from step i to step j: 2 a step, 1 for the last of all."""

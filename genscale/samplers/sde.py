@@ -18,6 +18,11 @@ from genscale.samplers.grid import GridSampler, Precision, Schedule, estimates
 class GaussianSampler(GridSampler):
     """A solver whose steps are draws from normals with independent elements."""
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw noise."""
+        return True
+
     @abstractmethod
     def transition(self, state: State) -> tuple[Tensor, Tensor]:
         """Return the law of the next x: a normal with independent elements.
@@ -105,6 +110,11 @@ class DDIM(GaussianSampler):
                 f"sampler.eta must lie in [0, 1], but is {eta}. 0 is deterministic, 1 ancestral."
             )
         self.eta = float(eta)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw noise."""
+        return self.eta > 0.0
 
     def transition(self, state: State) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation ``(B,)`` of the next x; see the class."""

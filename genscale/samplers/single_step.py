@@ -54,6 +54,11 @@ class DPMSolver2S(GridSampler):
             )
         self.eta = float(eta)
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw noise."""
+        return self.eta > 0.0
+
     def nfe(self, i: int, j: int) -> int:
         """Network evaluations from step i to step j: 2 a step, 1 for the last of all."""
         self._check_range(i, j)

@@ -380,6 +380,7 @@ def test_copies_part_by_lineage_where_there_is_noise(name: str, rational: Any) -
     assert torch.equal(ended[0], ended[2])
     parts = name in STOCHASTIC or name.removesuffix(f"-{process}") in STOCHASTIC
     assert torch.equal(ended[0], ended[1]) is not parts
+    assert sampler.stochastic is parts
 
 
 def test_states_of_other_processes_do_not_mix(rational: Any) -> None:
@@ -426,6 +427,12 @@ def test_the_default_device_is_of_no_concern(rational: Any) -> None:
         samplers = [Euler(4), DPMSolverFast(4)]
         grids = [sampler.grid(DiscreteVP()) for sampler in samplers]
     assert all(grid.alpha.device.type == "cpu" for grid in grids)
+
+
+def test_protocols_tell_samplers_apart() -> None:
+    assert Heun(4).label == "Heun"
+    assert CASES["diffusers-unipc-flow"][0].label == "UniPCMultistepScheduler"
+    assert CASES["diffusers-unipc"][0].label == 'UniPCMultistepScheduler{"solver_order": 3}'
 
 
 def test_every_sampler_of_the_config_is_held_to_this(repository: Path) -> None:

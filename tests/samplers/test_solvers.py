@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +22,7 @@ from genscale.samplers.diffusers_bridge import DiffusersSampler
 from genscale.samplers.grid import GridSampler
 from genscale.samplers.multistep import DPMSolverMultistep
 from genscale.samplers.ode import DPM2, Euler, Heun
-from genscale.samplers.reverse_sde import ReverseSDE, ReverseSDEHeun, diffusion_of, step_law
+from genscale.samplers.reverse_sde import ReverseSDE, ReverseSDEHeun
 from genscale.samplers.runge_kutta import RungeKutta
 from genscale.samplers.schedules import (
     Discrete,
@@ -40,8 +37,6 @@ from genscale.samplers.schedules import (
 )
 from genscale.samplers.sde import DDIM
 from genscale.samplers.single_step import DPMSolver2S
-
-GOLDEN = os.environ.get("GENSCALE_GOLDEN")
 
 
 def _solve(sampler: GridSampler, model: Any, noise: Tensor) -> Tensor:
@@ -374,41 +369,6 @@ class TestDensity:
         model, sampler = mixture(LinearFlow()), DDIM(4)
         state = sampler.evaluate(model, sampler.start(model, Conditioning(), torch.arange(2)))
         assert sampler.log_prob(state, state.x).tolist() == [0.0, 0.0]
-
-    @pytest.mark.skipif(GOLDEN is None, reason="GENSCALE_GOLDEN names no folder of golden cases")
-    def test_flow_grpos_step(self) -> None:
-        from safetensors.torch import load_file
-
-        path = Path(str(GOLDEN)) / "search" / "flow_sde_8.json"
-        config = json.loads(path.read_text())["config"]
-        tensors = load_file(path.with_suffix(".safetensors"))
-        x, velocity, noise, sigmas = (
-            tensors[f"input/{name}"] for name in ("sample", "velocity", "noise", "sigmas")
-        )
-        now, then = sigmas[:-1].double(), sigmas[1:].double()
-        process, a = LinearFlow(), config["noise_level"]
-        s = on(now, x)
-        state = State(
-            x=x, cond=Conditioning(), step=torch.arange(8), seeds=torch.arange(8),
-            lineage=torch.zeros(8).long(), group=torch.arange(8), nfe=torch.zeros(8).double(),
-            clean=x - s * velocity, noise=x + (1 - s) * velocity,
-        )  # fmt: skip
-        # at pure noise the second level stands in the denominator
-        rest = 1.0 - torch.where(now == 1.0, now[1], now)
-        mean, std = step_law(state, process, now, then, 0.5 * a**2 * now / rest)
-        torch.testing.assert_close(mean, tensors["output/prev_mean"], atol=2e-5, rtol=0)
-        moved = mean + on(std, x) * noise
-        torch.testing.assert_close(moved, tensors["output/prev_sample"], atol=2e-5, rtol=0)
-        g = std / (now - then).sqrt()
-        torch.testing.assert_close(g.float(), tensors["output/std"], atol=2e-5, rtol=0)
-        # the sampler gives the same steps, but for the last, which adds no noise
-        sampler = ReverseSDE(
-            8, diffusion="flow_grpo", norm=a, last_size=None, shift=config["shift"]
-        )
-        torch.testing.assert_close(
-            diffusion_of("flow_grpo", a, process, now[1:]), 0.5 * a**2 * now[1:] / rest[1:]
-        )
-        assert sampler.num_steps == len(now)
 
 
 def test_churn_raises_the_noise_inside_its_window_only() -> None:
