@@ -154,7 +154,20 @@ def _read(
         "num_heads": heads if isinstance(heads, int) else None,
         "input_size": size if isinstance(size, int) else None,
     }
-    return state, family.config_from_state_dict(state, **hints)
+    found = family.config_from_state_dict(state, **hints)
+    if heads is None and _depends_on_heads(family, state, found):
+        print(f"num_heads={found['num_heads']} is assumed, as published: no shape tells it")
+    return state, found
+
+
+def _depends_on_heads(family: ModuleType, state: dict[str, Tensor], found: dict[str, Any]) -> bool:
+    """Return whether the number of heads is a guess, which another hint would change."""
+    other = family.config_from_state_dict(state, num_heads=1, input_size=found["input_size"])[
+        "num_heads"
+    ]
+    pair = (found["num_heads"], other)
+    one, two = (value if isinstance(value, list) else [value] for value in pair)
+    return all(a != b for a, b in zip(one, two, strict=True))
 
 
 def _tell(cfg: DictConfig, config: dict[str, Any], model: Any, recipe: str, target: Path) -> None:

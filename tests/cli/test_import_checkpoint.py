@@ -100,6 +100,18 @@ def test_a_published_file_is_recognised_and_sampled_at_once(
     assert "2 samples, 3 network evaluations each" in answer.out
 
 
+def test_a_number_of_heads_that_nothing_tells_is_said_to_be_a_guess(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for family, said in (("dit", True), ("dimr", True), ("lamamba", False)):
+        wide = {"hidden_size": 128} if family == "dit" else {}
+        torch.save(official(family, build(family, **wide)), tmp_path / f"{family}.pth")
+        words = [f"family={family}", f"file={tmp_path / family}.pth", f"out={tmp_path / family}"]
+        assert main(words) == 0
+        out = capsys.readouterr().out
+        assert ("is assumed, as published: no shape tells it" in out) == said
+
+
 def test_training_files_hold_two_sets(tmp_path: Path) -> None:
     models = {"ema": build("dit"), "model": build("dit", learn_sigma=True)}
     with torch.no_grad():

@@ -31,7 +31,10 @@ FAMILIES = {
         "model.window_size=2",
     ),
     "sit": ("model.hidden_size=16", "model.depth=1", "model.num_heads=2"),
-    "uvit": ("model.hidden_size=16", "model.depth=3", "model.num_heads=2"),
+    "uvit": (
+        *("model.hidden_size=16", "model.depth=3", "model.num_heads=2"),
+        "model.skip_scale=geometric",  # which leaves no trace in a state dict
+    ),
 }
 SMALL = ("debug=smoke", "data.resolution=8", "batch_size=8", "sampler.steps=3")
 
