@@ -77,7 +77,7 @@ class LaMambaBlock(nn.Module):
         )
         for i, (norm, mix) in enumerate(steps):
             shift, scale, gate = parts[3 * i : 3 * i + 3]
-            x = x + gate * mix(norm(x) * (1 + scale) + shift)
+            x = torch.addcmul(x, gate, mix(torch.addcmul(shift, norm(x), 1 + scale)))
         return x
 
 
@@ -104,7 +104,8 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Downsample a grid; odd sides are filled up with zeros."""
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        if x.shape[1] % 2 or x.shape[2] % 2:
+            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         if not self.merge:
             y: Tensor = self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
             return y

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genscale.layers.norm import upcast
-from genscale.layers.scan import ScanKind, permute_rows, scan_orders, selective_scan
+from genscale.layers.scan import ScanKind, scan_grid, scan_orders
 
 NUM_DIRECTIONS = 4
 
@@ -81,33 +81,27 @@ class SS2D(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)
         # both permutations are views: the convolution reads and writes channels-last memory
         x = F.silu(self.conv(x.permute(0, 3, 1, 2)))
-        rows = x.permute(2, 3, 0, 1).flatten(0, 1)  # (L, B, E), cells row by row
-        # a projection of every cell is the same before and after cells are put in order, and
-        # what it gives is narrower than what it takes
-        read = F.linear(rows, self.select.flatten(0, 1)).unflatten(2, (NUM_DIRECTIONS, -1))
-        orders, inverses = scan_orders(self.scan, height, width, x.device)
-        pairs = list(zip(orders.unbind(0), inverses.unbind(0), strict=True))
-        rows = rows.contiguous()
-        u = torch.stack([permute_rows(rows, *pair) for pair in pairs], dim=2)  # (L, B, K, E)
-        read = torch.stack(
-            [permute_rows(part, *pair) for part, pair in zip(read.unbind(2), pairs, strict=True)],
-            dim=2,
-        )
+        cells = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, L, E), row by row
+        # a projection of every cell is the same before and after cells are put in order
+        read = F.linear(cells, self.select.flatten(0, 1)).unflatten(2, (NUM_DIRECTIONS, -1))
         low_rank, B, C = read.split((self.step_rank, self.state_size, self.state_size), dim=-1)
-        delta = torch.einsum("lbkr,ker->lbke", low_rank, self.step_weight.to(low_rank.dtype))
-        y, _ = selective_scan(
-            upcast(u).flatten(2).permute(1, 2, 0),  # and so the output, until it is normalised
-            delta.flatten(2).permute(1, 2, 0),
-            -upcast(self.log_rate).exp(),
-            B.permute(1, 2, 3, 0),
-            C.permute(1, 2, 3, 0),
-            D=self.skip,
-            delta_bias=self.step_bias.flatten(),
-            delta_softplus=True,
+        # (K, B L, r) times (K, r, E): the K directions lie one after the other in memory
+        delta = torch.bmm(
+            low_rank.permute(2, 0, 1, 3).flatten(1, 2),
+            self.step_weight.to(low_rank.dtype).transpose(1, 2),
         )
-        outputs = y.permute(2, 0, 1).unflatten(2, (NUM_DIRECTIONS, -1)).unbind(2)
-        merged = permute_rows(outputs[0], inverses[0], orders[0])
-        for output, (order, inverse) in zip(outputs[1:], pairs[1:], strict=True):
-            merged = merged + permute_rows(output, inverse, order)
-        merged = self.out_norm(merged).transpose(0, 1).unflatten(1, (height, width))
+        cells = upcast(cells)  # and so the output, until it is normalised
+        merged = scan_grid(
+            cells,
+            delta.unflatten(1, cells.shape[:2]).permute(1, 2, 0, 3),
+            -upcast(self.log_rate).exp().unflatten(0, (NUM_DIRECTIONS, -1)),
+            B,
+            C,
+            *scan_orders(self.scan, height, width, x.device),
+            delta_bias=self.step_bias,
+        )
+        # every direction skips the scan with a factor of its own, from the same cell
+        skip = upcast(self.skip).unflatten(0, (NUM_DIRECTIONS, -1)).sum(0)
+        merged = self.out_norm(torch.addcmul(merged, cells, skip))
+        merged = merged.unflatten(1, (height, width))
         return self.out_proj(merged.to(z.dtype) * F.silu(z))

@@ -112,18 +112,26 @@ class WindowAttention(nn.Module):
         rows, row_shift, more_rows = self._fit(size[0])
         columns, column_shift, more_columns = self._fit(size[1])
         window, shift = (rows, columns), (row_shift, column_shift)
-        x = F.pad(x, (0, 0, 0, more_columns, 0, more_rows))
-        x = split_windows(torch.roll(x, (-row_shift, -column_shift), dims=(1, 2)), window)
+        # padding by nothing and rolling by nothing would copy the grid
+        if more_rows or more_columns:
+            x = F.pad(x, (0, 0, 0, more_columns, 0, more_rows))
+        if any(shift):
+            x = torch.roll(x, (-row_shift, -column_shift), dims=(1, 2))
+        x = split_windows(x, window)
         # windows are folded into heads, so that the bias broadcasts over the batch uncopied
         q, k, v = (
-            part.unflatten(3, (self.num_heads, -1)).transpose(2, 3).flatten(1, 2)
-            for part in self.qkv(x).chunk(3, dim=-1)
+            self.qkv(x)
+            .unflatten(3, (3, self.num_heads, -1))
+            .permute(3, 0, 1, 4, 2, 5)
+            .flatten(2, 3)
+            .unbind(0)
         )  # (B, windows * h, cells, d)
         bias = self._bias(x.device, size, window, shift).expand(x.shape[1], -1, -1, -1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)[None].to(q.dtype))
         y = y.unflatten(1, (-1, self.num_heads)).transpose(2, 3).flatten(3)
         y = join_windows(self.out(y), window, size[0] + more_rows)
-        y = torch.roll(y, shift, dims=(1, 2))
+        if any(shift):
+            y = torch.roll(y, shift, dims=(1, 2))
         return y[:, : size[0], : size[1]]
 
     def _fit(self, side: int) -> tuple[int, int, int]:

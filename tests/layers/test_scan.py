@@ -235,7 +235,7 @@ def test_memory_does_not_hold_every_state() -> None:
         ({"C": torch.zeros(2, 37, 3)}, r"C must have .* but has \(2, 37, 3\).* time comes last"),
         ({"initial_state": torch.zeros(2, 3, 6)}, r"initial_state must have shape \(2, 6, 3\)"),
         ({"chunk_size": 0}, "chunk_size and num_lanes must be 1 or more, but are 0 and None"),
-        ({"implementation": "fast"}, "implementation must be 'chunked' or 'reference'"),
+        ({"implementation": "chunk"}, "must be one of .*, but is 'chunk'. Did you mean 'chunked'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], sentence: str) -> None:

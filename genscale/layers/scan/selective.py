@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genscale.layers.scan.backends import (
+    Implementation,
+    choose_implementation,
+    mamba_obstacle,
+    official_scan,
+    triton_obstacle,
+)
 from genscale.layers.scan.recurrence import recur, recur_in_lanes, recur_reference
-
-Implementation = Literal["chunked", "reference"]
 
 
 def selective_scan(
@@ -25,7 +28,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     initial_state: Tensor | None = None,
-    implementation: Implementation = "chunked",
+    implementation: Implementation = "auto",
     chunk_size: int = 64,
     num_lanes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -47,8 +50,8 @@ def selective_scan(
         delta_bias: ``(D,)`` added to ``delta``.
         delta_softplus: Delta = softplus(delta + bias) instead of delta + bias.
         initial_state: ``(B, D, N)`` state before the first step; default zero.
-        implementation: ``"chunked"``, or ``"reference"``: one step after the other with plain
-            autograd, which keeps every state and differentiates any number of times.
+        implementation: ``"auto"``, or a name of :mod:`genscale.layers.scan.backends`;
+            ``"reference"`` alone differentiates any number of times and keeps every state.
         chunk_size: steps between the states that are kept for the backward pass (chunked).
         num_lanes: pieces of the sequence that are walked through side by side (chunked); default:
             as many as pay off for the width and the device.
@@ -59,15 +62,16 @@ def selective_scan(
 
     Raises:
         ValueError: shapes or settings do not fit together.
+        ConfigError: an implementation that cannot run, with the reason.
     """
     _check(u, delta, A, B, C, initial_state, chunk_size, num_lanes)
-    if implementation not in ("chunked", "reference"):
-        raise ValueError(
-            f"implementation must be 'chunked' or 'reference', but is {implementation!r}. "
-            "Use 'chunked'; the other is its reference."
-        )
-    batch, channels, _ = u.shape
     wide = _widest(u, delta, A, B, C)
+    chosen = _choose(implementation, u.device.type, wide, A.shape[1], initial_state is not None)
+    if chosen == "mamba_ssm":
+        return official_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if chosen == "triton":
+        return _fused(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+    batch, channels, _ = u.shape
     x, step = (value.permute(2, 0, 1).to(wide).contiguous() for value in (u, delta))
     if delta_bias is not None:
         step = step + delta_bias.to(wide)
@@ -92,7 +96,7 @@ def selective_scan(
         read,
         initial.unflatten(1, (groups, -1)),
     )
-    if implementation == "reference":
+    if chosen == "reference":
         y, last = recur_reference(*arguments)
     else:
         if num_lanes is None:
@@ -107,6 +111,75 @@ def selective_scan(
     if z is not None:
         y = y * F.silu(z.permute(2, 0, 1).to(wide).contiguous())
     return y.to(u.dtype).permute(1, 2, 0), last.flatten(1, 2)
+
+
+def _choose(
+    implementation: str, device: str, wide: torch.dtype, num_states: int, initial: bool
+) -> str:
+    """Return what runs. The official operator is not opaque to torch.compile: not chosen there."""
+    double = wide == torch.float64
+    first = () if torch.compiler.is_compiling() else ("mamba_ssm",)
+    return choose_implementation(
+        implementation,
+        {
+            "triton": triton_obstacle(device, double),
+            "mamba_ssm": mamba_obstacle(device, double, num_states, initial),
+        },
+        (*first, "triton", "chunked") if device == "cuda" else ("chunked",),
+        device=device,
+    )
+
+
+def _fused(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Call the Triton kernel, which reads any strides, through views of its own layout."""
+    from genscale.layers.scan.fused import fused_scan
+
+    batch, _, length = u.shape
+
+    def vectors(value: Tensor) -> Tensor:  # (B, L, G, N)
+        if value.dim() == 2:  # constant: a group a channel
+            return value.expand(batch, length, *value.shape)
+        return (value.unsqueeze(1) if value.dim() == 3 else value).permute(0, 3, 1, 2)
+
+    write, read = vectors(B), vectors(C)
+    groups = max(write.shape[2], read.shape[2])
+    write, read = (
+        value.repeat_interleave(groups // value.shape[2], dim=2)
+        if value.shape[2] != groups
+        else value
+        for value in (write, read)
+    )
+
+    def by_group(value: Tensor | None, axis: int = 0) -> Tensor | None:
+        return None if value is None else value.unflatten(axis, (groups, -1))
+
+    def steps_first(value: Tensor) -> Tensor:  # (B, L, G, D)
+        return value.transpose(1, 2).unflatten(2, (groups, -1))
+
+    y, last = fused_scan(
+        steps_first(u),
+        steps_first(delta),
+        A.unflatten(0, (groups, -1)),
+        write,
+        read,
+        skip=by_group(D),
+        z=None if z is None else steps_first(z),
+        bias=by_group(delta_bias),
+        initial=by_group(initial_state, 1),
+        softplus=delta_softplus,
+    )
+    return y.flatten(2).transpose(1, 2), last.flatten(1, 2)
 
 
 def _widest(*tensors: Tensor) -> torch.dtype:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from genscale.layers.norm import upcast
-from genscale.layers.scan.selective import Implementation, selective_scan
+from genscale.layers.scan.selective import selective_scan
 
 
 def ssd(
@@ -23,7 +25,7 @@ def ssd(
     dt_softplus: bool = True,
     dt_limit: tuple[float, float] | None = None,
     initial_state: Tensor | None = None,
-    implementation: Implementation = "chunked",
+    implementation: Literal["chunked", "reference"] = "chunked",
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run h_t = exp(Delta_t A) h_{t-1} + Delta_t x_t B_t^T, y_t = h_t C_t + D x_t in every head.
