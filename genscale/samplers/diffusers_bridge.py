@@ -165,9 +165,9 @@ class DiffusersSampler(GridSampler):
         alike = state.step[:, None]
         if state.history:
             alike = torch.cat((alike, state.history["numbers"]), 1)
-        rows, kinds = alike.unique(dim=0, return_inverse=True)
-        if len(rows) == 1:
+        if bool((alike == alike[:1]).all()):
             return self._solve(model, state, noise)
+        rows, kinds = alike.unique(dim=0, return_inverse=True)
         x, cost, history = state.x, torch.zeros_like(state.nfe), state.history
         for k in range(len(rows)):
             index = (kinds == k).nonzero()[:, 0]
