@@ -66,6 +66,15 @@ def make(command: Command, words: list[str], folder: Path, *more: str) -> Path:
     return folder
 
 
+def altered(folder: Path, target: Path, name: str) -> Path:
+    """Copy an autoencoder with one tensor changed."""
+    shutil.copytree(folder, target)
+    weights = load_file(target / WEIGHTS[0])
+    weights[name] += 1
+    save_file(weights, target / WEIGHTS[0])
+    return target
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -211,10 +220,7 @@ class TestResume:
     def test_another_cache_in_the_same_folder_is_refused(
         self, command: Command, words: list[str], whole: Path, tmp_path: Path, tiny_vae: Path
     ) -> None:
-        vae = shutil.copytree(tiny_vae, tmp_path / "vae")
-        weights = load_file(vae / WEIGHTS[0])
-        weights["encoder.conv_in.bias"] += 1
-        save_file(weights, vae / WEIGHTS[0])
+        vae = altered(tiny_vae, tmp_path / "vae", "encoder.conv_in.bias")
         before = contents(whole)
         for change, sentence in (
             ("dtype=float32", "is a cache with dtype=float16, not float32."),
@@ -233,7 +239,7 @@ class TestResume:
 
     @pytest.mark.dist
     @pytest.mark.slow
-    def test_two_processes_share_the_shards_and_survive_a_kill(
+    def test_two_processes_share_the_shards(
         self,
         words: list[str],
         whole: Path,
@@ -420,10 +426,7 @@ class TestTraining:
     def test_another_autoencoder_is_refused_before_the_first_step(
         self, command: Command, training: list[str], tmp_path: Path, tiny_vae: Path
     ) -> None:
-        vae = shutil.copytree(tiny_vae, tmp_path / "vae")
-        weights = load_file(vae / WEIGHTS[0])
-        weights["encoder.conv_in.bias"] += 1
-        save_file(weights, vae / WEIGHTS[0])
+        vae = altered(tiny_vae, tmp_path / "vae", "encoder.conv_in.bias")
         bare = [word for word in training if not word.startswith("autoencoder")]
         quiet = "callbacks.sample_every=0"
         for words, sentence in (
@@ -441,10 +444,7 @@ class TestTraining:
     def test_a_tuned_decoder_is_no_other_autoencoder(
         self, command: Command, training: list[str], tmp_path: Path, tiny_vae: Path
     ) -> None:
-        vae = shutil.copytree(tiny_vae, tmp_path / "vae")
-        weights = load_file(vae / WEIGHTS[0])
-        weights["decoder.conv_out.bias"] += 1
-        save_file(weights, vae / WEIGHTS[0])
+        vae = altered(tiny_vae, tmp_path / "vae", "decoder.conv_out.bias")
         answer = command("train", *training, f"autoencoder.source={vae}", "trainer.max_steps=1")
         assert answer.status == 0, answer.err
 
