@@ -83,8 +83,11 @@ class SelfAttention(nn.Module):
                 token) are not rotated. Needed with ``axial_rope`` only.
         """
         batch, tokens, _ = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, N, d)
+        # split by channels first: the gradient is then joined in one copy
+        q, k, v = (
+            part.view(batch, tokens, self.num_heads, -1).transpose(1, 2)  # (B, h, N, d)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
         if self.rope is not None and self.qk_norm is not None and positions is not None:
             cosine, sine = self.rope.rotation(positions, tokens - len(positions))
             q = rotate(self.qk_norm(q), cosine, sine)
