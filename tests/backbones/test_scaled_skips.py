@@ -87,7 +87,10 @@ def test_every_kind_changes_the_prediction_and_can_be_saved(
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert again.config["skip_scale"] == kind
-    assert torch.equal(predict(again), predict(model))
+    state = again.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    # weights read from a file lie at other addresses, where products may round otherwise
+    torch.testing.assert_close(predict(again), predict(model))
 
 
 @pytest.mark.parametrize(
