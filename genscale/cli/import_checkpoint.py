@@ -7,17 +7,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from genscale.cli.app import conf_directory
 from genscale.cli.app import main as front_door
 from genscale.cli.failures import report
 from genscale.cli.recipes import check_recipe, compose_recipe, nearest
 from genscale.errors import ConfigError, did_you_mean
-from genscale.io.converters import converter, families
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LAYOUTS = ("official", "diffusers")
 
@@ -47,6 +48,8 @@ def with_settings(arguments: Sequence[str]) -> list[str]:
     unknown = [key for key in given if key.isidentifier() and key not in own]
     if not unknown:
         return list(arguments)
+    from genscale.io.converters import converter, families  # torch, so not for --help
+
     if "family" not in given:
         raise ConfigError(f"family was not given. Give family= one of {', '.join(families())}.")
     backbone = converter(given["family"]).BACKBONE
@@ -64,6 +67,7 @@ def with_settings(arguments: Sequence[str]) -> list[str]:
 
 def run(cfg: DictConfig) -> None:
     """Read the file, recognise the network, and write the folder."""
+    from genscale.io.converters import converter
     from genscale.io.files import atomic_folder
     from genscale.io.model_card import model_card
     from genscale.metrics.features import file_sha256
