@@ -88,6 +88,15 @@ def compare_bits(one: Any, other: Any, path: str = "") -> list[str]:
     return [] if one == other else [path]
 
 
+def differences(one: Path, other: Path) -> list[str]:
+    """Return the paths of everything in which the last checkpoints of two runs differ."""
+    first, second = final_state(one), final_state(other)
+    parts = ("state_dict", "optimizer_states", "lr_schedulers", "genscale")
+    if not all(first[part] for part in parts):
+        raise SystemExit(f"{one} holds an empty part: comparing it would prove nothing")
+    return [d for part in parts for d in compare_bits(first[part], second[part], part)]
+
+
 def check_kill(folder: Path, kills: int, steps: int, accumulate: int) -> bool:
     """Kill a run at random moments and compare its end with that of a run left alone."""
     options = [f"trainer.max_steps={steps}", f"trainer.accumulate_grad_batches={accumulate}"]
@@ -109,11 +118,8 @@ def check_kill(folder: Path, kills: int, steps: int, accumulate: int) -> bool:
         process.wait()
         killed_at.append(last_step(broken))
     train(broken, *options, "resume=latest")
-    one, other = final_state(whole), final_state(broken)
-    different = []
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "genscale"):
-        different += compare_bits(one[part], other[part], part)
-    tensors = len(one["state_dict"])
+    different = differences(whole, broken)
+    tensors = len(final_state(whole)["state_dict"])
     print(
         f"kill: {kills} x SIGKILL after steps {killed_at} of {steps}, accumulation {accumulate}; "
         f"{tensors} weight and average tensors, optimizer, schedule: "

@@ -301,7 +301,7 @@ def _export(cfg: DictConfig, folder: RunFolder, trainer: Any, module: Any, log: 
     from genscale.pipeline import GenerationPipeline
     from genscale.report import write_report
 
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     # the last checkpoint: there, the weights are whole whatever the strategy
     pipeline = GenerationPipeline.from_run(folder.path, device="cpu")
     pipeline.save_pretrained(folder.path / "export", config)

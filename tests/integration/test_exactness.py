@@ -22,21 +22,9 @@ from genscale.io.images import load_npz
 from genscale.io.weights import read_checkpoint
 from genscale.pipeline import GenerationPipeline
 from genscale.runs import RunFolder, read_jsonl
-from scripts.check_exactness import compare_bits, largest_difference
+from scripts.check_exactness import differences, largest_difference
 
 STEPWISE = ("callbacks.log_every=1", "callbacks.sample_every=0", "lr_schedule.warmup_steps=5")
-
-
-def last_state(run: Path) -> dict[str, Any]:
-    return read_checkpoint(RunFolder.open(run).checkpoint("latest"))
-
-
-def differences(one: Path, other: Path) -> list[str]:
-    """Return the paths of everything in which the last checkpoints of two runs differ."""
-    first, second = last_state(one), last_state(other)
-    parts = ("state_dict", "optimizer_states", "lr_schedulers", "genscale")
-    assert all(first[part] for part in parts)  # an empty comparison would prove nothing
-    return [d for part in parts for d in compare_bits(first[part], second[part], part)]
 
 
 def losses(run: Path) -> list[tuple[int, float]]:

@@ -443,7 +443,7 @@ class TestPeriodicMetrics:
 
 
 class TestGracefulStop:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
     def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
         self, log_of: Callable[..., TrainLog], tmp_path: Path, number: int
     ) -> None:
