@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from genscale.cli.app import conf_directory
@@ -86,5 +85,7 @@ def _check_targets(node: Any) -> None:
 
 def _default(name: str) -> dict[str, Any]:
     """Read one file of the config tree as it stands."""
+    import yaml
+
     content: dict[str, Any] = yaml.safe_load((conf_directory() / f"{name}.yaml").read_text())
     return content

@@ -46,6 +46,10 @@ _WORDS = {
     ],
     "sampler": [("sampler.steps", "solver steps of a sample")],
     "guidance": [("guidance.scale", "guidance strength; 1 is none")],
+    "experiment": [
+        ("evaluation.num_samples", "samples that evaluate.py makes of the run when not told"),
+        ("evaluation.labels", "law of their classes: balanced, random, or a list"),
+    ],
 }
 
 _EXAMPLES = {
@@ -55,6 +59,10 @@ _EXAMPLES = {
         ("model=dimr data=digits trainer.max_steps=1000", "choose and change"),
         ("model=dimr data=digits resume=latest", "continue the newest run of that name"),
         ("model=dimr trainer=ddp trainer.devices=8", "eight GPUs"),
+        (
+            "experiment=dit_xl_2_imagenet256 data.root=CACHE autoencoder.source=FOLDER",
+            "a published recipe, complete",
+        ),
         ("-m optim.lr=1e-3,2e-3", "a sweep: one run for each value"),
     ],
     "sample": [

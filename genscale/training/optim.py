@@ -46,8 +46,9 @@ class AdamW:
 
     def build(self, model: nn.Module) -> Optimizer:
         """Return the optimizer over the trainable parameters of ``model``."""
-        spares = isinstance(model, Backbone) and not self.decay_all
-        exempt = model.no_weight_decay() if spares else set()
+        exempt: set[str] = set()
+        if isinstance(model, Backbone) and not self.decay_all:
+            exempt = model.no_weight_decay()
         decayed: list[Tensor] = []
         plain: list[Tensor] = []
         for name, parameter in model.named_parameters():

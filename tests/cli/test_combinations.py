@@ -1,0 +1,61 @@
+"""Parts that do not fit are found from the config alone, without a model."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from genscale.cli.combinations import combination_problems, model_setting
+from genscale.guidance.base import Unguided
+from genscale.guidance.zero_star import ZeroStar
+from genscale.objectives.ddpm import DDPM
+from genscale.objectives.flow import FlowMatching
+
+DIT = "genscale.backbones.dit.DiT"
+DIMR = "genscale.backbones.dimr.DiMR"
+
+
+@pytest.mark.parametrize(
+    ("node", "value"),
+    [
+        ({"_target_": DIT, "learn_sigma": True}, True),
+        ({"_target_": DIT}, False),  # the constructor's default
+        ({"_target_": DIMR}, None),  # no such setting
+    ],
+)
+def test_a_setting_of_the_model_is_read_without_building_it(node: dict, value: bool) -> None:
+    assert model_setting(OmegaConf.create(node), "learn_sigma") is value
+
+
+@pytest.mark.parametrize(
+    ("learn_sigma", "objective", "words"),
+    [
+        (False, FlowMatching(), None),
+        (False, DDPM(), None),
+        (True, DDPM(learn_sigma=True), None),
+        (True, FlowMatching(ignore_variance=True), None),
+        (True, FlowMatching(), "does not train it"),
+        (True, DDPM(), "does not train it"),
+        (False, DDPM(learn_sigma=True), "Pass model.learn_sigma=true"),
+    ],
+)
+def test_a_learned_variance_needs_both_sides(
+    learn_sigma: bool, objective: FlowMatching | DDPM, words: str | None
+) -> None:
+    model = OmegaConf.create({"_target_": DIT, "learn_sigma": learn_sigma})
+    problems = combination_problems(model, objective, Unguided(), None)
+    assert len(problems) == (0 if words is None else 1)
+    assert words is None or words in problems[0]
+
+
+def test_guidance_of_velocities_needs_one() -> None:
+    model = OmegaConf.create({"_target_": DIT})
+    assert combination_problems(model, FlowMatching(), ZeroStar(), None) == []
+    assert combination_problems(model, DDPM(betas="continuous"), ZeroStar(), None) == []
+    (problem,) = combination_problems(model, DDPM(), ZeroStar(), None)
+    assert "guides the velocity of a flow" in problem
+
+
+def test_parts_that_could_not_be_built_are_told_of_elsewhere() -> None:
+    model = OmegaConf.create({"_target_": DIT, "learn_sigma": True})
+    assert combination_problems(model, None, None, None) == []
