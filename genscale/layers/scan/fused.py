@@ -14,9 +14,6 @@ from torch import Tensor
 
 from genscale.layers.scan import kernels
 
-# numbers a program holds of each (steps, channels, states) tensor: 16 or 32 a thread
-TILE_SIZE = 4096
-WARPS = 4
 HELPERS = ("then", "softplus", "load_tile", "find_cells", "scan_tile", "scan_tile_backwards")
 
 
@@ -64,18 +61,24 @@ def fused_scan(
 
 
 class _Tiling(NamedTuple):
-    """Steps, channels and padded numbers of state of a tile; powers of two."""
+    """Steps, channels and padded numbers of state of a tile, powers of two; warps of a program."""
 
     steps: int
     block: int
     states: int
+    warps: int
 
     @classmethod
     def of(cls, length: int, channels: int, states: int) -> _Tiling:
+        """Choose tiles of 8 (16) numbers a thread: with more the backward kernel spills registers.
+
+        Longer tiles keep fewer states, wider ones leave fewer partial sums.
+        """
         padded = _power_above(states)
-        steps = min(64 if padded <= 4 else 32 if padded <= 16 else 16, _power_above(length))
-        block = max(1, min(32, TILE_SIZE // (steps * padded), _power_above(channels)))
-        return cls(steps, block, padded)
+        steps = min(64 if padded <= 2 else 32 if padded == 4 else 16, _power_above(length))
+        size = 1024 if padded == 1 else 2048 if padded <= 32 else 4096
+        block = max(1, min(16, size // (steps * padded), _power_above(channels)))
+        return cls(steps, block, padded, 4 if padded == 1 else 8)
 
 
 def _power_above(number: int) -> int:
@@ -151,7 +154,8 @@ def _forward(
             STEPS=tiling.steps,
             BLOCK=tiling.block,
             STATES=tiling.states,
-            num_warps=WARPS,
+            num_warps=tiling.warps,
+            enable_fp_fusion=True,
         )
     return y, last, kept
 
@@ -245,7 +249,8 @@ def _backward(
             STEPS=tiling.steps,
             BLOCK=tiling.block,
             STATES=tiling.states,
-            num_warps=WARPS,
+            num_warps=tiling.warps,
+            enable_fp_fusion=True,
         )
     if u.shape[2] != groups:
         grad_u = grad_u.sum(2, keepdim=True)

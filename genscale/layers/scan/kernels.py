@@ -18,18 +18,20 @@ Triton is imported by ``fused``, which puts ``tl`` and the compiled helpers into
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 
-def then(decay_1: Any, drive_1: Any, decay_2: Any, drive_2: Any) -> Any:
+def then(
+    decay_1: tl.tensor, drive_1: tl.tensor, decay_2: tl.tensor, drive_2: tl.tensor
+) -> tl.tensor:
     """Compose h -> decay h + drive with a second such step."""
     return decay_1 * decay_2, decay_2 * drive_1 + drive_2
 
 
-def softplus(x: Any) -> Any:
+def softplus(x: tl.tensor) -> tl.tensor:
     """log(1 + exp(x)), exact for small exponentials: log1p(e) = log(w) e / (w - 1), w = 1 + e."""
     e = tl.exp(tl.minimum(x, 20.0))
     w = 1.0 + e
@@ -39,15 +41,27 @@ def softplus(x: Any) -> Any:
 
 
 def load_tile(
-    pointer: Any, strides: Any, sample: Any, group: Any, cells: Any, columns: Any, mask: Any
-) -> Any:
+    pointer: tl.tensor,
+    strides: tl.tuple,
+    sample: tl.tensor,
+    group: tl.tensor,
+    cells: tl.tensor,
+    columns: tl.tensor,
+    mask: tl.tensor,
+) -> tl.tensor:
     """Read ``(cells, columns)`` of a tensor ``(B, L, G, columns)`` as float32."""
-    base = pointer + sample * strides[0] + group * strides[2]
+    base = pointer + sample * strides[0] + group.to(tl.int64) * strides[2]
     where = base + cells[:, None] * strides[1] + columns[None, :] * strides[3]
     return tl.load(where, mask=mask, other=0.0).to(tl.float32)
 
 
-def find_cells(paths_ptr: Any, group: Any, step: Any, length: Any, HAS_PATHS: tl.constexpr) -> Any:
+def find_cells(
+    paths_ptr: tl.tensor,
+    group: tl.tensor,
+    step: tl.tensor,
+    length: tl.tensor,
+    HAS_PATHS: tl.constexpr,
+) -> tl.tensor:
     """Return the cells that steps visit."""
     cells = step
     if HAS_PATHS:
@@ -55,7 +69,9 @@ def find_cells(paths_ptr: Any, group: Any, step: Any, length: Any, HAS_PATHS: tl
     return cells.to(tl.int64)
 
 
-def scan_tile(decay: Any, drive: Any, state: Any, STEPS: tl.constexpr) -> Any:
+def scan_tile(
+    decay: tl.tensor, drive: tl.tensor, state: tl.tensor, STEPS: tl.constexpr
+) -> tl.tensor:
     """Return all states h ``(STEPS, BLOCK, STATES)`` after a state ``(BLOCK, STATES)``."""
     first = (tl.arange(0, STEPS) == 0)[:, None, None]
     drive += tl.where(first, decay * state[None, :, :], 0.0)
@@ -63,7 +79,9 @@ def scan_tile(decay: Any, drive: Any, state: Any, STEPS: tl.constexpr) -> Any:
     return h
 
 
-def scan_tile_backwards(decay: Any, source: Any, carry: Any, STEPS: tl.constexpr) -> Any:
+def scan_tile_backwards(
+    decay: tl.tensor, source: tl.tensor, carry: tl.tensor, STEPS: tl.constexpr
+) -> tl.tensor:
     """Return the adjoint G_t = source_t + a_{t+1} G_{t+1}; ``carry`` ends the tile."""
     row = tl.arange(0, STEPS)
     source += tl.where((row == STEPS - 1)[:, None, None], carry[None, :, :], 0.0)
@@ -75,27 +93,27 @@ def scan_tile_backwards(decay: Any, source: Any, carry: Any, STEPS: tl.constexpr
 
 
 def scan_forward(
-    u_ptr: Any,
-    delta_ptr: Any,
-    A_ptr: Any,
-    B_ptr: Any,
-    C_ptr: Any,
-    skip_ptr: Any,
-    z_ptr: Any,
-    bias_ptr: Any,
-    initial_ptr: Any,
-    paths_ptr: Any,
-    y_ptr: Any,
-    last_ptr: Any,
-    kept_ptr: Any,
-    u_s: Any,
-    delta_s: Any,
-    B_s: Any,
-    C_s: Any,
-    z_s: Any,
-    length: Any,
-    channels: Any,
-    states: Any,
+    u_ptr: tl.tensor,
+    delta_ptr: tl.tensor,
+    A_ptr: tl.tensor,
+    B_ptr: tl.tensor,
+    C_ptr: tl.tensor,
+    skip_ptr: tl.tensor,
+    z_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    initial_ptr: tl.tensor,
+    paths_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    last_ptr: tl.tensor,
+    kept_ptr: tl.tensor,
+    u_s: tl.tuple,
+    delta_s: tl.tuple,
+    B_s: tl.tuple,
+    C_s: tl.tuple,
+    z_s: tl.tuple,
+    length: tl.tensor,
+    channels: tl.tensor,
+    states: tl.tensor,
     HAS_SKIP: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -156,36 +174,36 @@ def scan_forward(
 
 
 def scan_backward(
-    grad_y_ptr: Any,
-    grad_last_ptr: Any,
-    u_ptr: Any,
-    delta_ptr: Any,
-    A_ptr: Any,
-    B_ptr: Any,
-    C_ptr: Any,
-    skip_ptr: Any,
-    z_ptr: Any,
-    bias_ptr: Any,
-    paths_ptr: Any,
-    kept_ptr: Any,
-    grad_u_ptr: Any,
-    grad_delta_ptr: Any,
-    grad_z_ptr: Any,
-    part_A_ptr: Any,
-    part_B_ptr: Any,
-    part_C_ptr: Any,
-    part_skip_ptr: Any,
-    part_bias_ptr: Any,
-    grad_initial_ptr: Any,
-    y_s: Any,
-    u_s: Any,
-    delta_s: Any,
-    B_s: Any,
-    C_s: Any,
-    z_s: Any,
-    length: Any,
-    channels: Any,
-    states: Any,
+    grad_y_ptr: tl.tensor,
+    grad_last_ptr: tl.tensor,
+    u_ptr: tl.tensor,
+    delta_ptr: tl.tensor,
+    A_ptr: tl.tensor,
+    B_ptr: tl.tensor,
+    C_ptr: tl.tensor,
+    skip_ptr: tl.tensor,
+    z_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    paths_ptr: tl.tensor,
+    kept_ptr: tl.tensor,
+    grad_u_ptr: tl.tensor,
+    grad_delta_ptr: tl.tensor,
+    grad_z_ptr: tl.tensor,
+    part_A_ptr: tl.tensor,
+    part_B_ptr: tl.tensor,
+    part_C_ptr: tl.tensor,
+    part_skip_ptr: tl.tensor,
+    part_bias_ptr: tl.tensor,
+    grad_initial_ptr: tl.tensor,
+    y_s: tl.tuple,
+    u_s: tl.tuple,
+    delta_s: tl.tuple,
+    B_s: tl.tuple,
+    C_s: tl.tuple,
+    z_s: tl.tuple,
+    length: tl.tensor,
+    channels: tl.tensor,
+    states: tl.tensor,
     HAS_LAST: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     HAS_Z: tl.constexpr,
