@@ -15,19 +15,19 @@ from genscale.metrics.suite import EvaluationSuite
 from genscale.pipeline import Generated, GenerationPipeline
 from genscale.rng import Purpose
 
-MAX_REFERENCE = 50_000  # training pictures held as the reference; the protocol states the count
-
 
 def fit_reference(suite: EvaluationSuite, datamodule: ImageDataModule) -> None:
     """Give the suite a data set's training and held-out pictures; of latents, those encoded.
 
-    Of more than :data:`MAX_REFERENCE` training pictures, a keyed random subset is taken.
+    Of more than ``suite.max_reference`` training pictures, a keyed random subset is taken; the
+    protocol states the count.
     """
     datamodule = datamodule.pictures()
     train, heldout = datamodule.train, datamodule.heldout
     rows = torch.arange(len(train))
-    if len(train) > MAX_REFERENCE:
-        rows = rng.permutation(rng.key(0, Purpose.SUBSET), len(train))[:MAX_REFERENCE].sort().values
+    if len(train) > suite.max_reference:
+        order = rng.permutation(rng.key(0, Purpose.SUBSET), len(train))
+        rows = order[: suite.max_reference].sort().values
     suite.fit_reference(
         train.images(rows),
         None if train.labels is None else train.labels[rows],

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 DATA = ("data=fashion_mnist", "data.resolution=16")
 SAMPLER = ("sampler=sde", "sampler.steps=30")
 METRICS = ("fd_lite0", "kid_lite0", "precision", "recall", "label_agreement", "judge_accuracy")
+REFERENCE = 10_000  # training pictures, whose features take minutes on a CPU
 SHOWN = 20  # samples of each model in the picture
 
 
@@ -87,6 +88,7 @@ def plan(
     evaluate = (
         *(f"run={run}", f"out_dir={run / 'compare'}", f"num_samples={samples}", *SAMPLER),
         *("metrics=fd_lite", f"metrics.metrics=[{','.join(METRICS)}]", "save_samples=true"),
+        f"metrics.max_reference={REFERENCE}",
     )
     parameters = parameter_count(network)
     return Row(model, seed, steps, steps * step_tflop, parameters, run, train, evaluate)
@@ -195,7 +197,8 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--folder", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--no-table", action="store_true", help="only train and evaluate")
-    arguments, overrides = parser.parse_known_args()
+    parser.add_argument("overrides", nargs="*", help="settings of train.py, for every row")
+    arguments = parser.parse_intermixed_args()
     rows = [
         plan(
             model,
@@ -203,7 +206,7 @@ def main() -> int:
             budget=arguments.budget,
             samples=arguments.samples,
             folder=arguments.folder,
-            overrides=overrides,
+            overrides=arguments.overrides,
         )
         for seed in arguments.seeds
         for model in arguments.models

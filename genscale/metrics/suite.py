@@ -55,6 +55,7 @@ class EvaluationSuite:
         num_splits: splits of the inception score.
         max_neighbour_reference: reference pictures that neighbours are sought in, at most.
         max_judge_images: pictures a judge is trained on, at most.
+        max_reference: training pictures that a run is compared with, at most.
         keep_features: keep features also where moments are enough; see :class:`FeatureMetrics`.
         allow_mismatch: fields (``extractor``, ``extractor_sha256``, ``mode``) in which a statistics
             file may differ from the feature network.
@@ -86,6 +87,7 @@ class EvaluationSuite:
         num_splits: int = 10,
         max_neighbour_reference: int = 10_000,
         max_judge_images: int = 10_000,
+        max_reference: int = 50_000,
         keep_features: bool = True,
         allow_mismatch: Sequence[str] = (),
         batch_size: int = 256,
@@ -96,6 +98,7 @@ class EvaluationSuite:
         self.reference = reference
         self.num_samples = num_samples
         self.allow_mismatch = tuple(allow_mismatch)
+        self.max_reference = max_reference
         self.batch_size = batch_size
         self.cache_reference = cache_reference
         self.skipped: dict[str, str] = {}
@@ -153,6 +156,11 @@ class EvaluationSuite:
             num_samples: how many samples are going to be evaluated, if that is known.
         """
         problems = [sentence for network in self.networks for sentence in network.check()]
+        if self.max_reference < 2:
+            problems.append(
+                f"metrics.max_reference must be at least 2, but is {self.max_reference}. "
+                "Give e.g. metrics.max_reference=10000."
+            )
         if None not in (num_samples, self.num_samples) and num_samples != self.num_samples:
             problems.append(self._wrong_count(int(num_samples or 0)))
         if self.reference is not None and not Path(self.reference).expanduser().is_file():

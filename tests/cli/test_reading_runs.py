@@ -208,6 +208,22 @@ class TestEvaluation:
         assert record["protocols"][metric["protocol"]]["class_law"] == "balanced"
         assert record["protocols"][metric["protocol"]]["nfe"] == 5.0
 
+    def test_a_large_training_set_is_compared_in_part(self, trained_run: Path) -> None:
+        digests = set()
+        for _ in range(2):
+            suite = EvaluationSuite(["fd_pixels"], [Pixels()], max_reference=100)
+            fit_reference(suite, datasets_of(str(trained_run)))
+            suite.update(torch.arange(4 * 64, dtype=torch.int64).to(torch.uint8).view(4, 1, 8, 8))
+            (value,) = suite.compute()
+            assert value.protocol is not None
+            assert value.protocol.reference_count == 100
+            digests.add((value.value, value.protocol_hash))
+        assert len(digests) == 1  # the part is keyed
+
+    def test_a_reference_of_nothing_is_refused(self) -> None:
+        (problem,) = EvaluationSuite(["fd_pixels"], [Pixels()], max_reference=1).check()
+        assert problem.startswith("metrics.max_reference must be at least 2, but is 1.")
+
     def test_periodic_evaluation_starts_afresh_every_time(
         self, trained_run: Path, suite: EvaluationSuite
     ) -> None:
