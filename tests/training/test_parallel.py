@@ -63,13 +63,15 @@ def build(family: str) -> Backbone:
 def inputs(model: Backbone) -> tuple[Tensor, Tensor, Conditioning]:
     draws = torch.Generator().manual_seed(1)
     x = torch.randn(6, *model.sample_shape, generator=draws)
-    return x, torch.linspace(1.0, 999.0, 6), Conditioning(labels=torch.arange(6) % 3)
+    cond = Conditioning(labels=torch.arange(6) % 3)
+    device = next(model.parameters()).device
+    return x.to(device), torch.linspace(1.0, 999.0, 6, device=device), cond.to(device)
 
 
 def gradients(model: Backbone, *, autocast: bool = False) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     x, t, cond = inputs(model)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
         error = model(x, t, cond).sample.float() - x.flip(0)
     error.square().mean().backward()
     return {n: full_value(p.grad) for n, p in model.named_parameters() if p.grad is not None}
@@ -129,15 +131,25 @@ class PlainBlock(nn.Module):
         return x + self.layers(x)
 
 
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    """A group of one process, left again afterwards."""
+def group_of_one(device: str) -> Iterator[DeviceMesh]:
+    """Join a group of one process, and leave it again."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"tcp://localhost:{free.getsockname()[1]}"
-    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,), mesh_dim_names=("data_parallel",))
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=address, rank=0, world_size=1)
+    yield init_device_mesh(device, (1,), mesh_dim_names=("data_parallel",))
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    yield from group_of_one("cpu")
+
+
+@pytest.fixture
+def gpu_mesh() -> Iterator[DeviceMesh]:
+    yield from group_of_one("cuda")
 
 
 class TestBlocks:
@@ -336,3 +348,47 @@ class TestGradientNorm:
 
     def test_no_gradients_at_all(self) -> None:
         assert float(clip_gradients([nn.Parameter(torch.ones(3))], 1.0)) == 0.0
+
+
+@pytest.mark.gpu
+class TestOnGPU:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_sharded_model_is_the_same_model(self, gpu_mesh: DeviceMesh, family: str) -> None:
+        model = build(family)
+        twin = copy.deepcopy(model).cuda()
+        scale_out(model, checkpoint_blocks=True, shards=Shards(gpu_mesh, torch.bfloat16))
+        assert {p.device.type for p in model.parameters()} == {"cuda"}
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        ours, theirs = gradients(model, autocast=True), gradients(twin, autocast=True)
+        for name, gradient in ours.items():
+            assert gradient.dtype == torch.float32
+            # sums in bfloat16 may be taken in another order: three digits are left
+            error = (gradient - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-6)
+            assert error < 5e-2, name
+        norm = gradient_norm(model.parameters())
+        assert norm.device.type == "cuda"
+        assert float(norm) == pytest.approx(float(gradient_norm(twin.parameters())), rel=1e-2)
+
+    def test_an_average_is_held_whole_before_it_has_ever_run(self, gpu_mesh: DeviceMesh) -> None:
+        average = build("dit").requires_grad_(False).eval()
+        twin = copy.deepcopy(average).cuda()
+        shard(average, Shards(gpu_mesh), keep_root=False)
+        for _ in range(2):
+            with whole([average]), torch.no_grad():
+                torch.testing.assert_close(
+                    average(*inputs(twin)).sample, twin(*inputs(twin)).sample
+                )
+            assert all(isinstance(p, DTensor) for p in average.parameters())
+
+    def test_recomputation_lowers_the_peak(self, gpu_mesh: DeviceMesh) -> None:
+        peaks = []
+        for checkpoint_blocks in (False, True):
+            torch.manual_seed(0)
+            model = DiT(**{**SMALL, "input_size": 64}, patch_size=2, hidden_size=192, depth=12)
+            options: dict[str, Any] = {"checkpoint_blocks": checkpoint_blocks}
+            scale_out(model.train(), shards=Shards(gpu_mesh, torch.bfloat16), **options)
+            torch.cuda.reset_peak_memory_stats()
+            gradients(model, autocast=True)
+            peaks.append(torch.cuda.max_memory_allocated())
+            del model
+        assert peaks[1] < 0.6 * peaks[0]
