@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from genscale.layers.scan import selective_scan
-from genscale.layers.scan.selective import Implementation
+from genscale.layers.scan.backends import Implementation
 from scripts.parity import Case, Comparison
 
 WAYS: dict[str, tuple[Implementation, int, int]] = {

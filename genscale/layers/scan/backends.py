@@ -16,9 +16,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from genscale.errors import ConfigError, did_you_mean
 Implementation = Literal["auto", "chunked", "reference", "triton", "mamba_ssm"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 VARIABLE = "GENSCALE_SCAN"
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +69,21 @@ def choose_implementation(
     return chosen
 
 
-# torch.compile takes what these return as a constant instead of looking inside
-@torch.compiler.assume_constant_result
+def _constant_when_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Let torch.compile take what a function returns as a constant instead of looking inside.
+
+    This is ``torch.compiler.assume_constant_result``, which would import the compiler at once.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_when_compiled
 def _environment_choice() -> str:
     return os.environ.get(VARIABLE, "").strip()
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _log_once(chosen: str, device: str) -> None:
     _log(chosen, device)
 
@@ -82,7 +93,7 @@ def _log(chosen: str, device: str) -> None:
     logger.info("selective scans on %s run as %r (%s overrides)", device, chosen, VARIABLE)
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def triton_obstacle(device: str, double: bool) -> str | None:
     """Return why the Triton kernel cannot run on a device of this type, or None."""
     if double:
@@ -95,7 +106,7 @@ def triton_obstacle(device: str, double: bool) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def mamba_obstacle(device: str, double: bool, num_states: int, initial: bool) -> str | None:
     """Return why the official operator cannot run with these arguments, or None."""
     if device != "cuda":

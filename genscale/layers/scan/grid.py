@@ -70,7 +70,6 @@ def scan_grid(
         ("triton", "mamba_ssm", "chunked") if device == "cuda" else ("chunked",),
         device=device,
     )
-    wide = torch.float64 if double else torch.float32
     if chosen == "triton":
         from genscale.layers.scan.fused import fused_scan
 
@@ -79,8 +78,11 @@ def scan_grid(
         )
         return y.sum(2)
     if chosen == "chunked" and device == "cpu" and states <= MOST_WALKED_STATES:
-        arguments = (value.to(wide) for value in (x, delta, delta_bias, A, B, C))
-        return walk(*arguments, orders)
+        wide = torch.float64 if double else torch.float32
+        u, raw, bias, rates, write, read = (
+            value.to(wide) for value in (x, delta, delta_bias, A, B, C)
+        )
+        return walk(u, raw, bias, rates, write, read, orders)
     return _scan_in_order(
         upcast(x), delta, A, B, C, orders, inverses, delta_bias=delta_bias, implementation=chosen
     )
