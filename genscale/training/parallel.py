@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from genscale.backbones.base import Backbone
@@ -233,14 +233,24 @@ def full_value(tensor: Tensor) -> Tensor:
 def cut_like(value: Tensor, like: Tensor) -> Tensor:
     """Return the part of a whole ``value`` that this process holds of ``like``, without sending.
 
-    Every process must have the same ``value``; where it is a memory-mapped file, only the part is
-    read.
+    Every process must have the same ``value``. Where that is a memory-mapped file, only the part
+    is read, and only the part goes to the device.
     """
     if not isinstance(like, DTensor):
         return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    mesh, (placement,) = like.device_mesh, like.placements
+    assert isinstance(placement, Shard)
+    rank, parts = mesh.get_local_rank(), value.chunk(mesh.size(), placement.dim)
+    # of few rows, the last processes hold none
+    part = parts[rank] if rank < len(parts) else value.narrow(placement.dim, 0, 0)
+    return DTensor.from_local(
+        part.to(like.device, copy=True),
+        mesh,
+        like.placements,
+        run_check=False,
+        shape=value.shape,
+        stride=value.stride(),
+    )
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
