@@ -192,7 +192,9 @@ def growth(repeats: int) -> dict[str, list[float]]:
         x, t = torch.randn(1, 4, grid, grid), torch.full((1,), 0.5)
         cond = Conditioning(labels=torch.zeros(1, dtype=torch.int64))
 
-        works = {name: partial(_once, network, x, t, cond) for name, network in grown(grid).items()}
+        works: dict[str, Callable[[], None]] = {
+            name: partial(_once, network, x, t, cond) for name, network in grown(grid).items()
+        }
         for name, value in best_in_turns(works, repeats, clock(torch.device("cpu"))).items():
             seconds.setdefault(name, []).append(value)
         dit, lamamba = seconds["DiT"][-1], seconds["LaMamba"][-1]
@@ -219,8 +221,8 @@ def exponent(seconds: list[float]) -> float:
         if grid >= FITTED_FROM
     ]
     x_mean, y_mean = (sum(values) / len(points) for values in zip(*points, strict=True))
-    spread = sum((x - x_mean) ** 2 for x, _ in points)
-    return sum((x - x_mean) * (y - y_mean) for x, y in points) / spread
+    spread = math.fsum((x - x_mean) ** 2 for x, _ in points)
+    return math.fsum((x - x_mean) * (y - y_mean) for x, y in points) / spread
 
 
 def draw(seconds: dict[str, list[float]], path: Path) -> None:
@@ -258,7 +260,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--batch", type=int, help="default: 4 on a CPU, 64 on a GPU")
-    parser.add_argument("--repeats", type=int, default=8, help="runs, of which the best counts")
+    parser.add_argument("--repeats", type=int, default=15, help="runs, of which the best counts")
     parser.add_argument("--image", type=Path, help="draw the second part here (PNG)")
     arguments = parser.parse_args()
     batch = arguments.batch or (4 if arguments.device.type == "cpu" else 64)
