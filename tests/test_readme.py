@@ -98,7 +98,8 @@ def test_commands_of_the_readme(
     name, words = entry_of(line) or ("", [])
     compose(name, words)
     small = list(tiny) if name == "train" else list(SMALL[name])
-    if "trainer=ddp" in words:  # one process here; several are tests/integration/test_exactness.py
+    # one process here; several are tests/integration/test_exactness.py and test_sharding.py
+    if {"trainer=ddp", "trainer=fsdp"} & set(words):
         small += ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto"]
     if any(word.startswith("samples=") for word in words):
         answer = command(

@@ -36,6 +36,7 @@ from genscale.training.parallel import (
     shard,
     whole,
 )
+from scripts.measure_activations import kept_bytes
 
 SMALL: dict[str, Any] = {"input_size": 8, "in_channels": 1, "num_classes": 3}
 FAMILIES = ("dit", "uvit", "dimr", "lamamba")
@@ -75,25 +76,6 @@ def gradients(model: Backbone, *, autocast: bool = False) -> dict[str, Tensor]:
         error = model(x, t, cond).sample.float() - x.flip(0)
     error.square().mean().backward()
     return {n: full_value(p.grad) for n, p in model.named_parameters() if p.grad is not None}
-
-
-def saved_bytes(model: Backbone) -> int:
-    """Count what the forward pass keeps for the backward pass, weights left out."""
-    held = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no address is used twice
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        x, t, cond = inputs(model)
-        model(x, t, cond).sample.sum()
-    return sum(sizes.values())
 
 
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
@@ -174,23 +156,23 @@ class TestRecomputation:
     @pytest.mark.parametrize("family", FAMILIES)
     def test_gradients_keep_their_bits_and_memory_shrinks(self, family: str) -> None:
         model = build(family)
-        expected, before = gradients(model), saved_bytes(model)
+        expected, before = gradients(model), kept_bytes(model, *inputs(model))
         checkpoint_activations(model)
         assert differing(gradients(model), expected) == []
         # what is left is the input of each block, and what stands before and behind them
-        assert saved_bytes(model) < 0.5 * before
+        assert kept_bytes(model, *inputs(model)) < 0.5 * before
 
     def test_any_backbone_can_be_asked(self) -> None:
         torch.manual_seed(0)
         model = Plain().train()
         keys = list(model.state_dict())
         torch.manual_seed(5)  # of the drop-out
-        expected, before = gradients(model), saved_bytes(model)
+        expected, before = gradients(model), kept_bytes(model, *inputs(model))
         checkpoint_activations(model)
         checkpoint_activations(model)  # a second time changes nothing
         torch.manual_seed(5)
         assert differing(gradients(model), expected) == []
-        assert saved_bytes(model) < 0.2 * before
+        assert kept_bytes(model, *inputs(model)) < 0.2 * before
         assert list(model.state_dict()) == keys
 
     def test_nothing_is_kept_without_gradients(self) -> None:
