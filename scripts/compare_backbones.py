@@ -1,7 +1,7 @@
 """Train backbones for equally many operations on one data set and measure them alike.
 
 python scripts/compare_backbones.py [--models dit sit uvit dimr lamamba] [--seeds 0]
-    [--budget 9.7] [--samples 5000] [--folder outputs/compare] [overrides of train.py ...]
+    [--budget 6.0] [--samples 5000] [--folder outputs/compare] [overrides of train.py ...]
 
 A row is one model and seed. It trains for the steps that spend ``--budget`` TFLOP (forward
 operations times three, as counted for the papers: matrix products, convolutions and attention),
@@ -193,7 +193,7 @@ def main() -> int:
     models = ["dit", "sit", "uvit", "dimr", "lamamba"]
     parser.add_argument("--models", nargs="+", default=models)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--budget", type=float, default=9.7, help="training TFLOP of a row")
+    parser.add_argument("--budget", type=float, default=6.0, help="training TFLOP of a row")
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--folder", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--no-table", action="store_true", help="only train and evaluate")
