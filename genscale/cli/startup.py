@@ -63,7 +63,8 @@ def cluster_plugins() -> list[Any]:
     Lightning's own answer to SIGUSR1, a checkpoint of another name and ``scontrol requeue``, is
     left out: the run stops by itself, and the batch script asks for the job to come again.
     """
-    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return []
