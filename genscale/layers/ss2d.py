@@ -85,20 +85,16 @@ class SS2D(nn.Module):
         # a projection of every cell is the same before and after cells are put in order
         read = F.linear(cells, self.select.flatten(0, 1)).unflatten(2, (NUM_DIRECTIONS, -1))
         low_rank, B, C = read.split((self.step_rank, self.state_size, self.state_size), dim=-1)
-        # (K, B L, r) times (K, r, E): the K directions lie one after the other in memory
-        delta = torch.bmm(
-            low_rank.permute(2, 0, 1, 3).flatten(1, 2),
-            self.step_weight.to(low_rank.dtype).transpose(1, 2),
-        )
         cells = upcast(cells)  # and so the output, until it is normalised
         merged = scan_grid(
             cells,
-            delta.unflatten(1, cells.shape[:2]).permute(1, 2, 0, 3),
+            low_rank,
+            self.step_weight,
             -upcast(self.log_rate).exp().unflatten(0, (NUM_DIRECTIONS, -1)),
             B,
             C,
             *scan_orders(self.scan, height, width, x.device),
-            delta_bias=self.step_bias,
+            bias=self.step_bias,
         )
         # every direction skips the scan with a factor of its own, from the same cell
         skip = upcast(self.skip).unflatten(0, (NUM_DIRECTIONS, -1)).sum(0)

@@ -95,7 +95,8 @@ def compare_grid(kind: Any, height: int, width: int, states: int) -> list[float]
     seed, cells, channels = [9], height * width, 3
     inputs = [
         draw(BATCH, cells, channels, seed=seed),
-        draw(BATCH, cells, 4, channels, seed=seed),
+        draw(BATCH, cells, 4, 2, seed=seed),
+        draw(4, channels, 2, seed=seed),
         (-draw(4, channels, states, seed=seed).exp()).detach().requires_grad_(),
         draw(BATCH, cells, 4, states, seed=seed),
         draw(BATCH, cells, 4, states, seed=seed),
@@ -104,7 +105,7 @@ def compare_grid(kind: Any, height: int, width: int, states: int) -> list[float]
     tables = scan_orders(kind, height, width, torch.device("cpu"))
     results = [
         outputs_and_grads(
-            (scan_grid(*inputs[:5], *tables, delta_bias=inputs[5], implementation=name),), inputs
+            (scan_grid(*inputs[:6], *tables, bias=inputs[6], implementation=name),), inputs
         )
         for name in ("triton", "reference")
     ]

@@ -178,13 +178,14 @@ def test_on_a_gpu_paths_over_a_grid_equal_gathered_orders() -> None:
     torch.manual_seed(0)
     module, x = SS2D(24, state_size=2).cuda(), torch.randn(2, 9, 13, 24, device="cuda")
     orders, inverses = scan_orders("continuous", 9, 13, x.device)
-    sizes = ((2, 117, 48), (2, 117, 4, 48), (4, 48, 2), (2, 117, 4, 2), (2, 117, 4, 2), (4, 48))
+    wide, vectors = (4, 48, 2), (2, 117, 4, 2)
+    sizes = ((2, 117, 48), vectors, wide, wide, vectors, vectors, (4, 48))
     inputs = [torch.randn(*size, device="cuda") for size in sizes]
-    inputs[2] = -inputs[2].exp()
+    inputs[3] = -inputs[3].exp()
     *first, bias = (value.requires_grad_() for value in inputs)
     results = []
     for implementation in ("triton", "chunked"):
-        y = scan_grid(*first, orders, inverses, delta_bias=bias, implementation=implementation)  # type: ignore[arg-type]
+        y = scan_grid(*first, orders, inverses, bias=bias, implementation=implementation)  # type: ignore[arg-type]
         results.append([y, *torch.autograd.grad(y.square().mean(), [*first, bias])])
     assert_close(results[0], results[1], 1e-4)
     with torch.autocast("cuda", dtype=torch.bfloat16):

@@ -174,11 +174,12 @@ def grid_inputs(
 ) -> list[Tensor]:
     cells = height * width
     shapes = (
-        *((batch, cells, channels), (batch, cells, 4, channels), (4, channels, states)),
-        *((batch, cells, 4, states), (batch, cells, 4, states), (4, channels)),
+        *((batch, cells, channels), (batch, cells, 4, 2), (4, channels, 2)),
+        *((4, channels, states), (batch, cells, 4, states), (batch, cells, 4, states)),
+        (4, channels),
     )
     values = [draw(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
-    values[2] = (-values[2].exp()).detach().requires_grad_()
+    values[3] = (-values[3].exp()).detach().requires_grad_()
     return values
 
 
@@ -187,7 +188,7 @@ def run_grid(
 ) -> list[Tensor]:
     *first, bias = inputs
     tables = scan_orders(kind, height, width, CPU)
-    y = scan_grid(*first, *tables, delta_bias=bias, implementation=implementation)  # type: ignore[misc]
+    y = scan_grid(*first, *tables, bias=bias, implementation=implementation)  # type: ignore[misc]
     return [y, *torch.autograd.grad((y + 0.3).square().mean(), inputs)]
 
 
@@ -216,27 +217,28 @@ def test_gradients_of_walks_in_double_precision() -> None:
     tables = scan_orders("continuous", 2, 3, CPU)
 
     def function(*values: Tensor) -> Tensor:
-        return scan_grid(*values[:5], *tables, delta_bias=values[5])
+        return scan_grid(*values[:6], *tables, bias=values[6])
 
     assert torch.autograd.gradcheck(function, (*first, bias))
 
 
 def test_walks_are_registered_as_torch_wants_it() -> None:
-    x, delta, A, B, C, bias = grid_inputs(1, 2, 2, 2, 1, torch.float32)
+    x, low, weight, A, B, C, bias = grid_inputs(1, 2, 2, 2, 1, torch.float32)
     paths = scan_orders("cross", 2, 2, CPU)[0]
     operator = torch.ops.genscale.walk.default
-    torch.library.opcheck(operator, (x, delta, bias, A, B, C, paths))
+    torch.library.opcheck(operator, (x, low, weight, bias, A, B, C, paths))
 
 
 def test_walks_take_long_and_vanishing_steps() -> None:
     """softplus(-200) is zero in float32: nothing is read; softplus(200) forgets all before."""
-    x, delta, A, B, C, bias = (v.detach() for v in grid_inputs(1, 2, 3, 2, 1, torch.float32))
+    x, low, weight, A, B, C, bias = (v.detach() for v in grid_inputs(1, 2, 3, 2, 1, torch.float32))
     tables = scan_orders("cross", 2, 3, CPU)
-    still = scan_grid(x, torch.full_like(delta, -200.0), A, B, C, *tables, delta_bias=0 * bias)
+    nothing = torch.zeros_like(weight)
+    still = scan_grid(x, low, nothing, A, B, C, *tables, bias=torch.full_like(bias, -200.0))
     assert not still.any()
-    far = torch.full_like(delta, 200.0).requires_grad_()
-    y = scan_grid(x, far, torch.full_like(A, -16.0), B, C, *tables, delta_bias=0 * bias)
-    torch.testing.assert_close(y, (200 * x * (B * C).sum((2, 3), keepdim=True)[..., 0]))
+    far = torch.full_like(bias, 200.0).requires_grad_()
+    y = scan_grid(x, low, nothing, torch.full_like(A, -16.0), B, C, *tables, bias=far)
+    torch.testing.assert_close(y, 200 * x * (B * C).sum((2, 3))[..., None])
     (grad,) = torch.autograd.grad(y.square().mean(), far)
     assert torch.isfinite(grad).all()
 
@@ -254,9 +256,10 @@ def test_a_grid_scan_compiles_into_one_graph() -> None:
     ("index", "shape", "sentence"),
     [
         (0, (2, 6), r"x and A must have shapes \(B, L, E\)"),
-        (1, (1, 4, 6, 2), r"delta must have shape \(1, 6, 4, 2\) .* but has \(1, 4, 6, 2\)"),
-        (3, (1, 6, 4, 2), r"B must have shape \(1, 6, 4, 1\)"),
-        (5, (2, 4), r"delta_bias must have shape \(4, 2\)"),
+        (1, (1, 4, 6, 2), r"low must have shape \(1, 6, 4, 2\) .* but has \(1, 4, 6, 2\)"),
+        (2, (2, 4, 2), r"weight must have shape \(4, 2, 2\)"),
+        (4, (1, 6, 4, 2), r"B must have shape \(1, 6, 4, 1\)"),
+        (6, (2, 4), r"bias must have shape \(4, 2\)"),
     ],
 )
 def test_grids_that_do_not_fit_are_refused(

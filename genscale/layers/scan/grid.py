@@ -22,32 +22,35 @@ MOST_WALKED_STATES = 4
 
 def scan_grid(
     x: Tensor,
-    delta: Tensor,
+    low: Tensor,
+    weight: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
     orders: Tensor,
     inverses: Tensor,
     *,
-    delta_bias: Tensor,
+    bias: Tensor,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """Scan the cells along each of K paths and sum the outputs where the cells lie.
 
-    The same as putting x, delta, B and C in each path's order, a
+    Raw step sizes are ``weight low + bias``, a product a path. The scan is the same as putting x,
+    step sizes, B and C in each path's order, a
     :func:`~genscale.layers.scan.selective.selective_scan` with softplus and a group a path,
     undoing the orders and summing. On CUDA the kernel of :mod:`genscale.layers.scan.fused`, on a
     CPU :mod:`genscale.layers.scan.walk` go along the paths instead, and nothing is reordered.
 
     Args:
         x: ``(B, L, E)`` cells.
-        delta: ``(B, L, K, E)`` raw step sizes; memory of K blocks is best.
+        low: ``(B, L, K, R)`` low-rank step sizes.
+        weight: ``(K, E, R)`` what they are multiplied by.
         A: ``(K, E, N)`` rates, negative.
         B: ``(B, L, K, N)`` input vectors.
         C: ``(B, L, K, N)`` output vectors.
         orders: ``(K, L)`` int64, the cell every step of a path visits.
         inverses: ``(K, L)``, the step that visits every cell.
-        delta_bias: ``(K, E)`` added to ``delta``.
+        bias: ``(K, E)`` added to the product.
         implementation: see :mod:`genscale.layers.scan.backends`; ``"auto"`` prefers the kernel
             over mamba_ssm here, which needs the cells in order.
 
@@ -58,8 +61,8 @@ def scan_grid(
         ValueError: shapes do not fit together.
         ConfigError: an implementation that cannot run.
     """
-    _check(x, delta, A, B, C, orders, delta_bias)
-    double = any(value.dtype == torch.float64 for value in (x, delta, A, B, C))
+    _check(x, low, weight, A, B, C, orders, bias)
+    double = any(value.dtype == torch.float64 for value in (x, low, A, B, C))
     device, states = x.device.type, A.shape[2]
     chosen = choose_implementation(
         implementation,
@@ -70,21 +73,24 @@ def scan_grid(
         ("triton", "mamba_ssm", "chunked") if device == "cuda" else ("chunked",),
         device=device,
     )
+    if chosen == "chunked" and device == "cpu" and states <= MOST_WALKED_STATES:
+        wide = torch.float64 if double else torch.float32
+        u, narrow, factors, added, rates, write, read = (
+            value.to(wide) for value in (x, low, weight, bias, A, B, C)
+        )
+        return walk(u, narrow, factors, added, rates, write, read, orders)
+    # (K, B L, R) times (K, R, E): the paths lie one after the other in memory
+    product = torch.bmm(low.permute(2, 0, 1, 3).flatten(1, 2), weight.to(low.dtype).transpose(1, 2))
+    delta = product.unflatten(1, x.shape[:2]).permute(1, 2, 0, 3)  # (B, L, K, E)
     if chosen == "triton":
         from genscale.layers.scan.fused import fused_scan
 
         y, _ = fused_scan(
-            x.unsqueeze(2), delta, A, B, C, bias=delta_bias, paths=orders, softplus=True, wide=True
+            x.unsqueeze(2), delta, A, B, C, bias=bias, paths=orders, softplus=True, wide=True
         )
         return y.sum(2)
-    if chosen == "chunked" and device == "cpu" and states <= MOST_WALKED_STATES:
-        wide = torch.float64 if double else torch.float32
-        u, raw, bias, rates, write, read = (
-            value.to(wide) for value in (x, delta, delta_bias, A, B, C)
-        )
-        return walk(u, raw, bias, rates, write, read, orders)
     return _scan_in_order(
-        upcast(x), delta, A, B, C, orders, inverses, delta_bias=delta_bias, implementation=chosen
+        upcast(x), delta, A, B, C, orders, inverses, bias=bias, implementation=chosen
     )
 
 
@@ -97,7 +103,7 @@ def _scan_in_order(
     orders: Tensor,
     inverses: Tensor,
     *,
-    delta_bias: Tensor,
+    bias: Tensor,
     implementation: str,
 ) -> Tensor:
     """Gather everything into every path's order, scan, and gather the outputs back."""
@@ -118,7 +124,7 @@ def _scan_in_order(
         A.flatten(0, 1),
         B.permute(1, 2, 3, 0),
         C.permute(1, 2, 3, 0),
-        delta_bias=delta_bias.flatten(),
+        delta_bias=bias.flatten(),
         delta_softplus=True,
         implementation=implementation,  # type: ignore[arg-type]
     )
@@ -131,12 +137,13 @@ def _scan_in_order(
 
 def _check(
     x: Tensor,
-    delta: Tensor,
+    low: Tensor,
+    weight: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
     orders: Tensor,
-    delta_bias: Tensor,
+    bias: Tensor,
 ) -> None:
     if x.dim() != 3 or A.dim() != 3 or 0 in x.shape:
         raise ValueError(
@@ -145,12 +152,13 @@ def _check(
         )
     (batch, length, channels), (paths, _, states) = x.shape, A.shape
     fits = {
-        "delta": (delta, (batch, length, paths, channels)),
+        "low": (low, (batch, length, paths, weight.shape[-1])),
+        "weight": (weight, (paths, channels, weight.shape[-1])),
         "A": (A, (paths, channels, states)),
         "B": (B, (batch, length, paths, states)),
         "C": (C, (batch, length, paths, states)),
         "orders": (orders, (paths, length)),
-        "delta_bias": (delta_bias, (paths, channels)),
+        "bias": (bias, (paths, channels)),
     }
     for name, (value, shape) in fits.items():
         if tuple(value.shape) != shape:

@@ -4,11 +4,12 @@
 
 Nothing is put in order: a path decides which row of a buffer a step reads and which it writes, so
 that inputs are read and outputs are written where their cells lie. Batch and channels are cut into
-blocks whose buffers stay in the processor's cache while all passes go over them. Only the step
-sizes are kept for the backward pass; it computes the states again.
+blocks whose buffers stay in the processor's cache while all passes go over them; step sizes are
+multiplied out there too. Only Delta is kept for the backward pass; it computes the states again.
 
-Shapes, float32 or float64: u ``(B, L, E)``; raw steps and Delta ``(B, L, K, E)``; A ``(K, E, N)``;
-B, C ``(B, L, K, N)``; paths ``(K, L)``, each the cells in the order of its steps.
+Shapes, float32 or float64: u ``(B, L, E)``; low-rank steps ``(B, L, K, R)`` and their weight
+``(K, E, R)``; Delta ``(K, L, B, E)``; A ``(K, E, N)``; B, C ``(B, L, K, N)``; paths ``(K, L)``,
+each the cells in the order of its steps.
 """
 
 from __future__ import annotations
@@ -21,26 +22,34 @@ import torch
 from torch import Tensor
 
 # numbers in a buffer, if steps do not get smaller by it than the next number
-BLOCK_SIZE = 1 << 18
+BLOCK_SIZE = 1 << 17
 # numbers in a step, at the least: fewer cost as much time as these
 STEP_SIZE = 1 << 10
 
 
 def walk(
-    u: Tensor, raw: Tensor, bias: Tensor, A: Tensor, B: Tensor, C: Tensor, paths: Tensor
+    u: Tensor,
+    low: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    paths: Tensor,
 ) -> Tensor:
-    """Return y ``(B, L, E)``, with Delta = softplus(raw + bias); differentiable once.
+    """Return y ``(B, L, E)``, with Delta = softplus(weight low + bias); differentiable once.
 
     Args:
         u: input.
-        raw: step sizes before bias and softplus.
-        bias: ``(K, E)`` added to them.
+        low: low-rank step sizes.
+        weight: what they are multiplied by.
+        bias: ``(K, E)`` added to the product.
         A: negative rates.
         B: input vectors.
         C: output vectors.
         paths: permutations of the cells, int64.
     """
-    return _forward(u, raw, bias, A, B, C, paths)[0]
+    return _forward(u, low, weight, bias, A, B, C, paths)[0]
 
 
 def _blocks(batch: int, length: int, channels: int) -> Iterator[tuple[slice, slice]]:
@@ -100,106 +109,151 @@ def _steps_first(value: Tensor, rows: slice, *index: slice | int) -> Tensor:
 @torch.library.custom_op(
     "genscale::walk",
     mutates_args=(),
-    schema="(Tensor u, Tensor raw, Tensor bias, Tensor A, Tensor B, Tensor C, Tensor paths) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor u, Tensor low, Tensor weight, Tensor bias, Tensor A, Tensor B, Tensor C, "
+    "Tensor paths) -> (Tensor, Tensor)",
 )
 def _forward(
-    u: Tensor, raw: Tensor, bias: Tensor, A: Tensor, B: Tensor, C: Tensor, paths: Tensor
+    u: Tensor,
+    low: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    paths: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return y and Delta."""
-    y, delta, memory = u.new_empty(u.shape), torch.empty_like(raw), _Memory(u)
-    for rows, columns in _blocks(*u.shape):
-        x, out = _steps_first(u, rows, columns), _steps_first(y, rows, columns)
-        decay, states, drive = memory.take(3, *x.shape)
-        for k, path in enumerate(paths.tolist()):
-            step = _steps_first(delta, rows, k, columns)
-            torch.add(_steps_first(raw, rows, k, columns), bias[k, columns], out=drive.all)
-            torch.ops.aten.softplus.out(drive.all, out=step)
-            torch.mul(step, x, out=drive.all)
-            for n in range(A.shape[2]):
-                write, read = (_steps_first(value, rows, k, slice(n, n + 1)) for value in (B, C))
-                rates = A[k, columns, n]
-                _fill_states(drive.all, step, rates, write, path, decay, states)
-                _add_product(out, states.all, read, first=k == n == 0)
+    y, delta, memory = u.new_empty(u.shape), _empty_delta(u, paths), _Memory(u)
+    with torch.autocast(u.device.type, enabled=False):
+        for rows, columns in _blocks(*u.shape):
+            x, out = _steps_first(u, rows, columns), _steps_first(y, rows, columns)
+            decay, states, drive = memory.take(3, *x.shape)
+            for k, path in enumerate(paths.tolist()):
+                narrow = _steps_first(low, rows, k).flatten(0, 1)
+                factors = weight[k, columns].T
+                torch.addmm(bias[k, columns], narrow, factors, out=drive.all.flatten(0, 1))
+                step = delta[k, :, rows, columns]
+                torch.ops.aten.softplus.out(drive.all, out=step)
+                torch.mul(step, x, out=drive.all)
+                for n in range(A.shape[2]):
+                    write, read = (_steps_first(v, rows, k, slice(n, n + 1)) for v in (B, C))
+                    rates = A[k, columns, n]
+                    _fill_states(drive.all, step, rates, write, path, decay, states)
+                    _add_product(out, states.all, read, first=k == n == 0)
     return y, delta
+
+
+def _empty_delta(u: Tensor, paths: Tensor) -> Tensor:
+    batch, length, channels = u.shape
+    return u.new_empty(paths.shape[0], length, batch, channels)
 
 
 @_forward.register_fake
 def _(
-    u: Tensor, raw: Tensor, bias: Tensor, A: Tensor, B: Tensor, C: Tensor, paths: Tensor
+    u: Tensor,
+    low: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    paths: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), torch.empty_like(raw)
+    return u.new_empty(u.shape), _empty_delta(u, paths)
 
 
 @torch.library.custom_op(
     "genscale::walk_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor paths) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor u, Tensor low, Tensor weight, Tensor delta, Tensor A, Tensor B, "
+    "Tensor C, Tensor paths) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
-    grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, paths: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of u, raw, bias, A, B and C.
+    grad: Tensor,
+    u: Tensor,
+    low: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    paths: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of u, low, weight, bias, A, B and C.
 
     With g = dL/dy, the adjoint G_t = g_t C_t + a_{t+1} G_{t+1} runs along the path backwards, and
     W_t = G_t a_t h_{t-1} is the gradient of the exponent Delta_t A.
     """
-    length, memory = u.shape[1], _Memory(u)
-    grad_u, grad_raw, grad_A = u.new_empty(u.shape), torch.empty_like(delta), torch.zeros_like(A)
+    length, memory, grad_u = u.shape[1], _Memory(u), u.new_empty(u.shape)
+    grad_low, grad_weight, grad_A, grad_B, grad_C = (
+        value.new_zeros(value.shape) for value in (low, weight, A, B, C)
+    )
     grad_bias = A.new_zeros(A.shape[:2])
-    grad_B, grad_C = B.new_zeros(B.shape), C.new_zeros(C.shape)
     before = torch.full_like(paths, length)  # the first step comes from nowhere: a row of zeros
     before.scatter_(1, paths[:, 1:], paths[:, :-1])
-    for rows, columns in _blocks(*u.shape):
-        x, g = _steps_first(u, rows, columns), _steps_first(grad, rows, columns)
-        grad_x = _steps_first(grad_u, rows, columns)
-        decay, adjoint, earlier, drive, along_B, slope = memory.take(6, *x.shape)
-        (states,) = memory.take(1, length + 1, *x.shape[1:])
-        states.each[length].zero_()
-        for k, path in enumerate(paths.tolist()):
-            step = _steps_first(delta, rows, k, columns)
-            torch.mul(step, x, out=drive.all)
-            for n in range(A.shape[2]):
-                write, read = (_steps_first(value, rows, k, slice(n, n + 1)) for value in (B, C))
-                rates = A[k, columns, n]
-                _fill_states(drive.all, step, rates, write, path, decay, states)
-                torch.mul(g, read, out=adjoint.all)
-                for cell, previous in pairwise(reversed(path)):
-                    adjoint.each[previous].addcmul_(decay.each[cell], adjoint.each[cell])
-                torch.index_select(states.all, 0, before[k], out=earlier.all)
-                exponent = decay.all.mul_(earlier.all).mul_(adjoint.all)  # W
-                grad_A[k, columns, n] += torch.mul(exponent, step, out=earlier.all).sum((0, 1))
-                _add_product(slope.all, exponent, rates, first=n == 0)
-                _add_product(along_B.all, adjoint.all, write, first=n == 0)
-                grad_C[rows, :, k, n] += states.all[:length].mul_(g).sum(-1).T
-                grad_B[rows, :, k, n] += adjoint.all.mul_(drive.all).sum(-1).T
-            _add_product(grad_x, step, along_B.all, first=k == 0)
-            slope.all.addcmul_(x, along_B.all)
-            # the derivative of softplus, 1 - exp(-Delta), without cancellation
-            slope.all.mul_(torch.neg(step, out=earlier.all).expm1_())
-            torch.neg(slope.all, out=_steps_first(grad_raw, rows, k, columns))
-            grad_bias[k, columns] -= slope.all.sum((0, 1))
-    return grad_u, grad_raw, grad_bias, grad_A, grad_B, grad_C
+    with torch.autocast(u.device.type, enabled=False):
+        for rows, columns in _blocks(*u.shape):
+            x, g = _steps_first(u, rows, columns), _steps_first(grad, rows, columns)
+            grad_x = _steps_first(grad_u, rows, columns)
+            decay, adjoint, earlier, drive, along_B, slope = memory.take(6, *x.shape)
+            (states,) = memory.take(1, length + 1, *x.shape[1:])
+            states.each[length].zero_()
+            for k, path in enumerate(paths.tolist()):
+                step = delta[k, :, rows, columns]
+                torch.mul(step, x, out=drive.all)
+                for n in range(A.shape[2]):
+                    write, read = (_steps_first(v, rows, k, slice(n, n + 1)) for v in (B, C))
+                    rates = A[k, columns, n]
+                    _fill_states(drive.all, step, rates, write, path, decay, states)
+                    torch.mul(g, read, out=adjoint.all)
+                    for cell, previous in pairwise(reversed(path)):
+                        adjoint.each[previous].addcmul_(decay.each[cell], adjoint.each[cell])
+                    torch.index_select(states.all, 0, before[k], out=earlier.all)
+                    exponent = decay.all.mul_(earlier.all).mul_(adjoint.all)  # W
+                    grad_A[k, columns, n] += torch.mul(exponent, step, out=earlier.all).sum((0, 1))
+                    _add_product(slope.all, exponent, rates, first=n == 0)
+                    _add_product(along_B.all, adjoint.all, write, first=n == 0)
+                    grad_C[rows, :, k, n] += states.all[:length].mul_(g).sum(-1).T
+                    grad_B[rows, :, k, n] += adjoint.all.mul_(drive.all).sum(-1).T
+                _add_product(grad_x, step, along_B.all, first=k == 0)
+                slope.all.addcmul_(x, along_B.all)
+                # times the derivative of softplus, 1 - exp(-Delta), without cancellation; minus
+                slope.all.mul_(torch.neg(step, out=earlier.all).expm1_())
+                steep = slope.all.flatten(0, 1)
+                narrow = _steps_first(low, rows, k).flatten(0, 1)
+                grad_bias[k, columns] -= steep.sum(0)
+                grad_weight[k, columns].addmm_(steep.T, narrow, alpha=-1)
+                into = _steps_first(grad_low, rows, k)
+                into -= torch.mm(steep, weight[k, columns]).view(into.shape)
+    return grad_u, grad_low, grad_weight, grad_bias, grad_A, grad_B, grad_C
 
 
 @_backward.register_fake
 def _(
-    grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, paths: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    empty = u.new_empty(u.shape), torch.empty_like(delta), A.new_empty(A.shape[:2])
-    return (*empty, *(value.new_empty(value.shape) for value in (A, B, C)))  # type: ignore[return-value]
+    grad: Tensor,
+    u: Tensor,
+    low: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    paths: Tensor,
+) -> tuple[Tensor, ...]:
+    before, after = (u, low, weight), (A, B, C)
+    empty = [value.new_empty(value.shape) for value in (*before, *after)]
+    return (*empty[:3], A.new_empty(A.shape[:2]), *empty[3:])
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    u, _, _, A, B, C, paths = inputs
+    u, low, weight, _, A, B, C, paths = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(u, output[1], A, B, C, paths)
+    ctx.save_for_backward(u, low, weight, output[1], A, B, C, paths)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     return (*_backward(grad, *ctx.saved_tensors), None)
 
 
