@@ -65,6 +65,8 @@ def test_the_environment_says_what_auto_means_and_an_argument_overrides_it(
     monkeypatch.setenv("GENSCALE_SCAN", "mamba_ssm")
     with pytest.raises(ConfigError, match=r"GENSCALE_SCAN=mamba_ssm cannot run this scan: .*cpu"):
         selective_scan(u, delta, -torch.ones(2, 1), B, C)
+    meta = (value.to("meta") for value in (u, delta, -torch.ones(2, 1), B, C))
+    assert selective_scan(*meta)[0].is_meta  # operations are counted whatever will run
     monkeypatch.setenv("GENSCALE_SCAN", "tritton")
     with pytest.raises(ConfigError, match=r"GENSCALE_SCAN must .* Did you mean 'triton'"):
         choose_implementation("auto", {}, ORDER, device="cuda")

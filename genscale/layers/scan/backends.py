@@ -51,7 +51,8 @@ def choose_implementation(
         ConfigError: an unknown name, or one that cannot run, with the reason.
     """
     source = "implementation"
-    if wanted == "auto" and (variable := _environment_choice()):
+    # tensors without memory only count operations and sizes: any implementation will do
+    if wanted == "auto" and device != "meta" and (variable := _environment_choice()):
         wanted, source = variable, VARIABLE
     if wanted not in IMPLEMENTATIONS:
         raise ConfigError(
