@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# numbers in a buffer, if steps do not get smaller by it than the next number
+# numbers in a buffer a thread, if steps do not get smaller by it than the next number
 BLOCK_SIZE = 1 << 17
 # numbers in a step, at the least: fewer cost as much time as these
 STEP_SIZE = 1 << 10
@@ -54,7 +54,7 @@ def walk(
 
 def _blocks(batch: int, length: int, channels: int) -> Iterator[tuple[slice, slice]]:
     """Cut batch and channels so that a buffer of all steps has about the size it should."""
-    step = max(STEP_SIZE, BLOCK_SIZE // length)
+    step = max(STEP_SIZE, BLOCK_SIZE * torch.get_num_threads() // length)
     rows, width = max(1, step // channels), min(step, channels)
     for i in range(0, batch, rows):
         for j in range(0, channels, width):
