@@ -19,6 +19,12 @@ sys.path.insert(0, str(REPOSITORY))
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _same_draws_every_time() -> None:
+    """Whatever a test draws from torch's own generator does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
