@@ -91,7 +91,9 @@ def _log_once(chosen: str, device: str) -> None:
 
 @lru_cache
 def _log(chosen: str, device: str) -> None:
-    logger.info("selective scans on %s run as %r (%s overrides)", device, chosen, VARIABLE)
+    # where there is but one way it is no news
+    level = logging.DEBUG if (chosen, device) == ("chunked", "cpu") else logging.INFO
+    logger.log(level, "selective scans on %s run as %r (%s overrides)", device, chosen, VARIABLE)
 
 
 @_constant_when_compiled
