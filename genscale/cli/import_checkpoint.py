@@ -51,7 +51,11 @@ def with_settings(arguments: Sequence[str]) -> list[str]:
     from genscale.io.converters import converter, families  # torch, so not for --help
 
     if "family" not in given:
-        raise ConfigError(f"family was not given. Give family= one of {', '.join(families())}.")
+        close = did_you_mean(unknown[0], list(map(str, own)))
+        raise ConfigError(
+            f"family was not given, but '{unknown[0]}' was.{close} Give family= one of "
+            f"{', '.join(families())}."
+        )
     backbone = converter(given["family"]).BACKBONE
     parameters = list(inspect.signature(backbone).parameters)
     for key in unknown:

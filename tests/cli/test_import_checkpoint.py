@@ -211,7 +211,9 @@ def test_words_that_are_parameters_become_settings() -> None:
         with_settings(["family=dit", "num_head=2"])
     with pytest.raises(ConfigError, match="Did you mean 'layout'"):
         with_settings(["family=dit", "layuot=diffusers"])
-    with pytest.raises(ConfigError, match=r"family was not given\. Give family= one of dimr, dit"):
+    with pytest.raises(
+        ConfigError, match=r"family was not given, .* Give family= one of dimr, dit"
+    ):
         with_settings(["num_heads=2"])
     check_recipe("dit_xl_2", CONF)
     with pytest.raises(ConfigError, match=r"recipe must be an option.*mean 'dit_xl_2'"):
