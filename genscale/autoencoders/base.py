@@ -99,3 +99,66 @@ class Variational(Autoencoder):
             "scale": self.scale,
             "shift": self.shift,
         }
+
+
+class ScaleTokenizer(Autoencoder):
+    """An autoencoder whose latents are sums of token maps, one map a scale, coarse first.
+
+    Scale k holds h_k x w_k tokens; all L of them lie in one row, scale after scale, row-major
+    within a scale. The *running latent* is the sum of the scales so far, at the size of the last
+    one. Everything is float32, with autocast off (arXiv:2404.02905).
+
+    Attributes:
+        vocab_size: entries V of the codebook, one for all scales.
+        scales: (h_k, w_k) of every scale; the last is the latent size at the trained resolution.
+    """
+
+    vocab_size: int
+    scales: tuple[tuple[int, int], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Return L, the tokens of one picture."""
+        return sum(height * width for height, width in self.scales)
+
+    @abstractmethod
+    def tokens(self, images: Tensor) -> Tensor:
+        """Encode images ``(B, C, H, W)`` in [-1, 1] to token ids ``(B, L)`` int64 of all scales."""
+
+    @abstractmethod
+    def features(self, tokens: Tensor) -> Tensor:
+        """Return what a scale-wise network reads while it is trained, for all scales.
+
+        Args:
+            tokens: ``(B, L)``.
+
+        Returns:
+            float32 ``(B, L, Cv)``: for every scale the running latent before it, area-resized to
+            it; the rows of scale 0 are zeros.
+        """
+
+    @abstractmethod
+    def codes(self, tokens: Tensor) -> Tensor:
+        """Look token ids ``(B, n)`` up: rows ``(B, n, Cv)`` of the codebook."""
+
+    @abstractmethod
+    def add_scale(self, running: Tensor, codes: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
+        """Add one scale to the running latent.
+
+        Args:
+            running: ``(B, Cv, H, W)`` of the scales before; zeros at scale 0. Not changed.
+            codes: ``(B, l_k, Cv)`` of this scale.
+            scale: k, counted from 0.
+
+        Returns:
+            the running latent, and the features ``(B, l_(k+1), Cv)`` of the next scale, which are
+            None after the last.
+        """
+
+    @abstractmethod
+    def latent(self, tokens: Tensor) -> Tensor:
+        """Return the running latent ``(B, Cv, H, W)`` after all scales of ``tokens (B, L)``."""
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Encode images to the latents of their tokens; there is no posterior to draw from."""
+        return self.latent(self.tokens(images))
