@@ -9,8 +9,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from genscale.conditioning.base import Conditioning
-
 if TYPE_CHECKING:
     from genscale.backbones.base import Backbone
 
@@ -36,12 +34,9 @@ def count_flops_by_module(model: Backbone, shape: tuple[int, ...]) -> dict[str, 
         shape: ``(C, H, W)`` of the input.
     """
     twin = meta_twin(model)
-    x = torch.empty(1, *shape, device="meta")
-    t = torch.empty(1, device="meta")
-    cond = Conditioning(labels=torch.zeros(1, dtype=torch.int64, device="meta"))
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        twin(x, t, cond)
+        twin(*twin.example(shape, "meta"))
     result = {"": counter.get_total_flops()}
     prefix = type(twin).__name__ + "."
     for name, operations in counter.get_flop_counts().items():

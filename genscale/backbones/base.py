@@ -11,8 +11,15 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from genscale.conditioning.base import Conditioning
+from genscale.layers.scales import as_scales
 
-__all__ = ["Backbone", "BackboneOutput", "register_to_config"]
+__all__ = [
+    "Backbone",
+    "BackboneOutput",
+    "ScaleBackbone",
+    "ScaleOutput",
+    "register_to_config",
+]
 
 
 @dataclass(slots=True)
@@ -31,6 +38,19 @@ class BackboneOutput:
     sample: Tensor
     memory: Any = None
     aux: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class ScaleOutput:
+    """What a scale-wise backbone returns.
+
+    Attributes:
+        logits: ``(B, N, V)`` float32 of the tokens of the scales asked for.
+        memory: what the caller hands back at the next scale, or None.
+    """
+
+    logits: Tensor
+    memory: Any = None
 
 
 class Backbone(ModelMixin, ConfigMixin):
@@ -70,6 +90,15 @@ class Backbone(ModelMixin, ConfigMixin):
         height, width = (size, size) if isinstance(size, int) else size
         return (self.config["in_channels"], height, width)
 
+    def example(self, shape: tuple[int, ...], device: torch.device | str) -> tuple[Any, ...]:
+        """Return arguments of :meth:`forward` for one sample, to count operations with."""
+        x = torch.empty(1, *shape, device=device)
+        return (x, torch.empty(1, device=device), self.example_condition(device))
+
+    def example_condition(self, device: torch.device | str) -> Conditioning:
+        """Return a condition of one sample as the network reads it."""
+        return Conditioning(labels=torch.zeros(1, dtype=torch.int64, device=device))
+
     def flops(self, shape: tuple[int, ...] | None = None) -> int:
         """Count floating point operations of one forward of one sample (2 a multiply-accumulate).
 
@@ -92,6 +121,78 @@ class Backbone(ModelMixin, ConfigMixin):
         }
         own = sum(p.numel() for p in self.parameters(recurse=False))
         return {**counts, **({"(own)": own} if own else {})}
+
+
+class ScaleBackbone(Backbone):
+    """A network that predicts the tokens of a picture scale by scale, coarse first.
+
+    It reads the running latent, resized to every scale, and puts out logits over the codebook
+    (arXiv:2404.02905). Its config holds ``scales`` (sides, or ``[height, width]`` pairs),
+    ``latent_channels`` and ``vocab_size``.
+    """
+
+    needs_prefix: ClassVar[bool] = True
+    """Whether a scale reads what earlier ones left in memory. A network that does not can be
+    asked about any scale alone."""
+
+    def begin(self, cond: Conditioning, batch: int, device: torch.device) -> Any:
+        """Return the memory of a trajectory that begins: all that is computed once a sample.
+
+        Args:
+            cond: conditions with batch axis ``batch``, or without any field.
+            batch: number of samples B.
+            device: where they live.
+
+        Returns:
+            nested dicts and lists of tensors whose first axis is the sample.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement begin")  # abstract
+
+    def forward(  # type: ignore[override]  # scales stand in the place of time
+        self,
+        features: Tensor,
+        cond: Conditioning,
+        scales: range | None = None,
+        memory: Any = None,
+    ) -> ScaleOutput:
+        """Predict the tokens of consecutive scales.
+
+        Without memory, ``features`` hold all scales from the first on and every scale sees those
+        before it and itself (teacher forcing). With memory, scales come in order, as from
+        :meth:`begin` on; what was computed there is not computed again and ``cond`` is not read.
+
+        Args:
+            features: ``(B, N, Cv)`` running latents resized to each of the scales, row by row,
+                joined; the rows of scale 0, where nothing is known, are not read.
+            cond: conditions with batch axis B.
+            scales: which scales; None for 0 up to as many as ``features`` hold.
+            memory: what :meth:`begin` or the scale before returned.
+
+        Raises:
+            ValueError: features that do not end with a scale, or scales out of order.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement forward")  # abstract
+
+    @property
+    def scales(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of every scale, coarse first."""
+        return as_scales(self.config["scales"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes V."""
+        return int(self.config["vocab_size"])
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape ``(Cv, H, W)`` of the running latent: the last scale's."""
+        return (int(self.config["latent_channels"]), *self.scales[-1])
+
+    def example(self, shape: tuple[int, ...], device: torch.device | str) -> tuple[Any, ...]:
+        """Return the features of all scales of one sample; ``shape`` is that of the latent."""
+        tokens = sum(height * width for height, width in self.scales)
+        features = torch.empty(1, tokens, shape[0], device=device)
+        return (features, self.example_condition(device))
 
 
 def parameter_count(module: torch.nn.Module) -> int:

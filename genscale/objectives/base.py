@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from genscale.backbones.base import Backbone
 from genscale.conditioning.base import Conditioning
+from genscale.layers.scales import Scales
 from genscale.rng import StepRandom
 
 if TYPE_CHECKING:
     from genscale.objectives.schedule import NoiseProcess
+
+Family = Literal["diffusion", "scale_wise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +100,41 @@ class Prediction:
     variance: Tensor | None = None
 
 
-class Denoiser(ABC):
-    """The one signature that samplers call.
+@dataclass(slots=True)
+class ScalePrediction:
+    """What a scale-wise network says of the tokens of one scale.
 
     Attributes:
-        process: the noising process whose levels the model was trained on.
+        logits: ``(B, l, V)`` float32.
+        memory: what to hand to the next scale.
+        cost: ``(B,)`` float64 on the CPU: network evaluations spent on each particle.
+    """
+
+    logits: Tensor
+    memory: Any
+    cost: Tensor
+
+
+class View(ABC):
+    """A network as samplers and guidance see it.
+
+    Attributes:
         sample_shape: shape of one sample, ``(C, H, W)``.
         device: where samples live.
     """
 
-    process: NoiseProcess
     sample_shape: tuple[int, ...]
     device: torch.device
+
+
+class Denoiser(View):
+    """The one signature that samplers of diffusion models call.
+
+    Attributes:
+        process: the noising process whose levels the model was trained on.
+    """
+
+    process: NoiseProcess
 
     @abstractmethod
     def __call__(
@@ -117,19 +143,66 @@ class Denoiser(ABC):
         """Estimate clean sample and noise of ``x`` ``(B, ...)``, float32 or float64."""
 
 
+class ScaleTokens(Protocol):
+    """What samplers of scale-wise models need of a tokenizer (``autoencoders.base``)."""
+
+    vocab_size: int
+    scales: Scales
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """Return the codes ``(B, n, Cv)`` of tokens ``(B, n)``."""
+
+    def add_scale(self, running: Tensor, codes: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
+        """Add a scale's codes to the running latent; also give the next scale's features."""
+
+
+class ScaleDecoder(View):
+    """The one signature that the sampler of scale-wise models calls.
+
+    Attributes:
+        tokenizer: from tokens to the running latent.
+        scales: height and width of every scale, coarse first.
+        vocab_size: number of codes V.
+        needs_prefix: whether a scale reads what earlier scales left in memory.
+    """
+
+    tokenizer: ScaleTokens
+    scales: Scales
+    vocab_size: int
+    needs_prefix: bool
+
+    @abstractmethod
+    def __call__(
+        self, features: Tensor, scale: int, cond: Conditioning, memory: Any = None
+    ) -> ScalePrediction:
+        """Predict the tokens of one scale, the same for all rows.
+
+        Args:
+            features: ``(B, l, Cv)`` running latents as the scale sees them.
+            scale: its number k; scales come in order, from 0.
+            cond: conditions of B samples; read at scale 0.
+            memory: what the scale before handed back, None at scale 0.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """A prepared training batch.
 
     Shapes:
-        clean: ``(B, C, H, W)`` float32 latents or pixels x_0.
+        clean: ``(B, C, H, W)`` float32 latents or pixels x_0; for scale-wise models the tokens
+            ``(B, L)`` int64 of all scales.
         cond: conditions, drop-out already applied.
         position: ``(B,)`` int64 global stream positions; all randomness is keyed by them.
+        features: ``(B, L, Cv)`` what a scale-wise model reads while it predicts the tokens.
+        samples_seen: training progress, the same on all processes.
     """
 
     clean: Tensor
     cond: Conditioning
     position: Tensor
+    features: Tensor | None = None
+    samples_seen: int = 0
 
 
 @dataclass(slots=True)
@@ -150,8 +223,14 @@ class LossOutput:
 
 
 class Objective(ABC):
-    """What is learned. Frozen settings, no state, no parameters."""
+    """What is learned. Frozen settings, no state, no parameters.
 
+    Attributes:
+        family: which samplers and guidances fit: ``diffusion`` or ``scale_wise``.
+        process: the noising process of a diffusion objective.
+    """
+
+    family: ClassVar[Family] = "diffusion"
     process: NoiseProcess
 
     @abstractmethod
@@ -159,5 +238,13 @@ class Objective(ABC):
         """Compute the training loss of a batch; noise and time come from ``rng`` alone."""
 
     @abstractmethod
-    def view(self, backbone: Backbone) -> Denoiser:
-        """Return the generator view of a trained backbone."""
+    def view(self, backbone: Backbone, tokenizer: Any = None) -> Any:
+        """Return the generator view of a trained backbone.
+
+        Args:
+            backbone: the network.
+            tokenizer: :class:`ScaleTokens` of a scale-wise model; others do not look at it.
+
+        Returns:
+            a :class:`Denoiser` or a :class:`ScaleDecoder`, as the family is.
+        """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -133,7 +133,7 @@ class DenoisingObjective(Objective):
         result = self._compare(backbone, output, target, time, scale)
         return self.complete_loss(result, output, clean, x, time)
 
-    def view(self, backbone: Backbone) -> NetworkView:
+    def view(self, backbone: Backbone, tokenizer: Any = None) -> NetworkView:
         """Return the generator view of a trained backbone."""
         return NetworkView(
             backbone, self.process, self.target, self.time_input, sigma_data=self.sigma_data
