@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     POSTERIOR = 10  # training: the draw from an autoencoder's posterior
     SHUFFLE = 11  # the order of the data
     SUBSET = 12  # metrics: random subsets
+    SMOOTH = 14  # the Gumbel noise of smooth sampling
     NETWORK = 13  # a step's seed of torch's own generator (drop-out inside a network)
 
 

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
-from genscale.objectives.base import Denoiser
+from genscale.objectives.base import Family
 from genscale.objectives.schedule import NoiseProcess
 
 
 class Guidance(ABC):
-    """Turns a view into a guided view of the same signature, and counts its own cost."""
+    """Turns a view into a guided view of the same signature, and counts its own cost.
+
+    Attributes:
+        families: of objectives whose views it can guide.
+    """
+
+    families: ClassVar[frozenset[Family]] = frozenset({"diffusion"})
 
     def check(self, process: NoiseProcess) -> list[str]:
         """Return a sentence for everything that makes no sense on a model's noising process."""
         return []
 
     @abstractmethod
-    def wrap(self, view: Denoiser) -> Denoiser:
+    def wrap(self, view: Any) -> Any:
         """Return the guided view; branches run in one batch, each with a memory of its own."""
 
     @property
@@ -28,6 +35,8 @@ class Guidance(ABC):
 class Unguided(Guidance):
     """One conditional evaluation a call."""
 
-    def wrap(self, view: Denoiser) -> Denoiser:
+    families: ClassVar[frozenset[Family]] = frozenset({"diffusion", "scale_wise"})
+
+    def wrap(self, view: Any) -> Any:
         """Return the view itself."""
         return view

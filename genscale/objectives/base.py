@@ -172,6 +172,13 @@ class ScaleDecoder(View):
     needs_prefix: bool
 
     @abstractmethod
+    def begin(self, cond: Conditioning, batch: int) -> Any:
+        """Return the memory of ``batch`` trajectories that begin: what is computed once a sample.
+
+        It consists of nested dicts and lists of tensors whose first axis is the particle.
+        """
+
+    @abstractmethod
     def __call__(
         self, features: Tensor, scale: int, cond: Conditioning, memory: Any = None
     ) -> ScalePrediction:
@@ -180,8 +187,8 @@ class ScaleDecoder(View):
         Args:
             features: ``(B, l, Cv)`` running latents as the scale sees them.
             scale: its number k; scales come in order, from 0.
-            cond: conditions of B samples; read at scale 0.
-            memory: what the scale before handed back, None at scale 0.
+            cond: conditions of B samples; read where ``memory`` is None.
+            memory: what :meth:`begin` or the scale before handed back; None begins at scale 0.
         """
 
 

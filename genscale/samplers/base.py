@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from genscale.conditioning.base import Conditioning
-from genscale.objectives.base import Denoiser
+from genscale.objectives.base import Family
 from genscale.objectives.memory import cat_tensors, put_rows, take_rows
 from genscale.objectives.schedule import NoiseProcess
 
@@ -24,17 +24,19 @@ class State:
     control flow never waits for a device.
 
     Attributes:
-        x: ``(B, ...)`` noisy samples.
+        x: ``(B, ...)`` noisy samples; of scale-wise models the running latents.
         cond: conditions, batch axis B.
         step: ``(B,)`` int64 steps already taken, a particle each.
         seeds: ``(B,)`` int64 sample seeds.
         lineage: ``(B,)`` int64; copies of one particle differ in it, so their later noise does.
         group: ``(B,)`` int64: which prompt a particle belongs to.
         nfe: ``(B,)`` float64 network evaluations spent so far.
-        clean: estimate of x_0 at the current step, set by ``evaluate``; None before.
+        clean: estimate of x_0 at the current step, set by ``evaluate``; None before. Of scale-wise
+            models the running latent after a provisional draw.
         noise: estimate of eps, set with ``clean``.
         variance: what a network with learned variance says of it, set with ``clean``.
-        history: solver history by name, tensors with a leading particle axis.
+        history: solver history by name, tensors with a leading particle axis; tokens and logits
+            of scale-wise models.
         memory: what the denoiser handed back (nested tensors with a leading particle axis).
         pending: memory after the current step's evaluation, committed by ``advance``.
         process: the noising process a diffusion trajectory reverses, the same for all particles.
@@ -147,10 +149,15 @@ class State:
 class Sampler(ABC):
     """Advances states; holds settings only, so one object serves any number of trajectories.
 
+    Views are a :class:`~genscale.objectives.base.Denoiser` or a
+    :class:`~genscale.objectives.base.ScaleDecoder`, as the family is.
+
     Attributes:
+        family: of objectives whose views it advances.
         nfe_is_bound: :meth:`nfe` is an upper bound, because evaluations depend on the sample.
     """
 
+    family: ClassVar[Family] = "diffusion"
     nfe_is_bound: ClassVar[bool] = False
 
     @property
@@ -184,10 +191,15 @@ class Sampler(ABC):
         """
         return []
 
+    def noise_shape(self, model: Any) -> tuple[int, ...]:
+        """Return the shape of the unit noise of one sample that :meth:`start` takes."""
+        shape: tuple[int, ...] = model.sample_shape
+        return shape
+
     @abstractmethod
     def start(
         self,
-        model: Denoiser,
+        model: Any,
         cond: Conditioning,
         seeds: Tensor,
         noise: Tensor | None = None,
@@ -195,18 +207,18 @@ class Sampler(ABC):
         """Begin from unit-normal ``noise`` ``(B, ...)``; None draws it from the seeds."""
 
     @abstractmethod
-    def evaluate(self, model: Denoiser, state: State) -> State:
+    def evaluate(self, model: Any, state: State) -> State:
         """Set ``.clean`` and ``.noise`` of the current step; idempotent, commits nothing."""
 
     @abstractmethod
-    def advance(self, model: Denoiser, state: State, noise: Tensor | None = None) -> State:
+    def advance(self, model: Any, state: State, noise: Tensor | None = None) -> State:
         """Take one step (evaluating first if need be); ``noise`` replaces the keyed draw."""
 
     @abstractmethod
     def finish(self, state: State) -> Tensor:
         """Return the samples of a state that has taken all its steps."""
 
-    def steps(self, model: Denoiser, state: State) -> Iterator[State]:
+    def steps(self, model: Any, state: State) -> Iterator[State]:
         """Yield the evaluated state of every remaining step, then the finished state."""
         while int(state.step.min()) < self.num_steps:
             state = self.evaluate(model, state)
@@ -216,7 +228,7 @@ class Sampler(ABC):
 
     def run(
         self,
-        model: Denoiser,
+        model: Any,
         cond: Conditioning,
         seeds: Tensor,
         noise: Tensor | None = None,
