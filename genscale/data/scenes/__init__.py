@@ -1,0 +1,1 @@
+"""Procedural scenes with captions, and the oracle that reads them back from pixels."""
