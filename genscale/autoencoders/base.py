@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from typing import Any
 
@@ -51,6 +52,16 @@ class Autoencoder(nn.Module):
     def protocol_name(self) -> str:
         """Name what decodes, as the protocol of an evaluation states it."""
         return type(self).__name__.lower()
+
+
+def weights_digest(module: nn.Module, prefixes: tuple[str, ...]) -> str:
+    """Return a SHA-256 over names and values of the tensors whose names start with a prefix."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if name.startswith(prefixes):
+            digest.update(f"{name} {tuple(value.shape)}\n".encode())
+            digest.update(value.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 class Variational(Autoencoder):

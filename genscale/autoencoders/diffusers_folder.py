@@ -1,4 +1,4 @@
-"""Folders and hub ids of diffusers' AutoencoderKL: found, held against the config, and loaded."""
+"""Folders of diffusers' layout, and hub ids of its AutoencoderKL: found, checked, and loaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -14,8 +14,10 @@ from genscale.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.modeling_utils import ModelMixin
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+M = TypeVar("M", bound="ModelMixin")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # what diffusers assumes where config.json does not say
 _ASSUMED: dict[str, Any] = {"latent_channels": 4, "block_out_channels": [64]}
@@ -94,20 +96,24 @@ def _fetch(source: Source) -> Path:
     return folder
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, wanted: str = "AutoencoderKL") -> dict[str, Any]:
     """Read ``config.json``.
 
+    Args:
+        folder: that holds it.
+        wanted: name of the class it must be of.
+
     Raises:
-        CheckpointError: it is no JSON, or of another class than AutoencoderKL.
+        CheckpointError: it is no JSON, or of another class.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'} is damaged: {error}.") from error
     kind = config.get("_class_name", "AutoencoderKL") if isinstance(config, dict) else "no mapping"
-    if kind != "AutoencoderKL":
+    if kind != wanted:
         raise CheckpointError(
-            f"{folder / 'config.json'} describes {kind}, but an AutoencoderKL was expected. "
+            f"{folder / 'config.json'} describes {kind}, but an {wanted} was expected. "
             "Give the folder of one."
         )
     return dict(config)
@@ -147,18 +153,31 @@ def check_config(config: dict[str, Any], settings: dict[str, Any], source: Sourc
 
 
 def load(folder: Path, source: Source) -> AutoencoderKL:
+    """Load an AutoencoderKL; see :func:`load_as`."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return load_as(AutoencoderKL, folder, source)
+
+
+def load_as(kind: type[M], folder: Path, source: Source) -> M:
     """Load the weights in float32, all of them and no others; nothing is executed from a file.
+
+    Args:
+        kind: class of the model.
+        folder: that holds config and weights.
+        source: for the sentences.
+
+    Returns:
+        the model, frozen and in eval mode.
 
     Raises:
         CheckpointError: the file is damaged, or does not fit its config.
     """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    vae: AutoencoderKL
+    model: M
     try:
         # building draws initial weights: the numbers of a run must not depend on when that is
         with torch.random.fork_rng(devices=[]):
-            vae, told = AutoencoderKL.from_pretrained(
+            model, told = kind.from_pretrained(
                 folder,
                 torch_dtype=torch.float32,
                 use_safetensors=(folder / WEIGHTS[0]).is_file(),
@@ -177,5 +196,5 @@ def load(folder: Path, source: Source) -> AutoencoderKL:
             f"(first: {[*missing, *unexpected][0]}). The file belongs to another config.json; "
             "copy both again."
         )
-    vae.requires_grad_(False).eval()
-    return vae
+    model.requires_grad_(False).eval()
+    return model

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from genscale.autoencoders.base import Variational
+from genscale.autoencoders.base import Variational, weights_digest
 from genscale.autoencoders.diffusers_folder import Source, check_config, load, locate, read_config
 from genscale.errors import CheckpointError, ConfigError
 
@@ -120,12 +119,12 @@ class KL(Variational):
         """
         if self.source is None:
             return None
-        return _digest(self._loaded("encode"), ("encoder.", "quant_conv."))
+        return weights_digest(self._loaded("encode"), ("encoder.", "quant_conv."))
 
     @property
     def protocol_name(self) -> str:
         """Return ``kl`` and the first digits of the decoder's digest: decoders change FIDs."""
-        return f"kl:{_digest(self._loaded('decode'), ('decoder.', 'post_quant_conv.'))[:8]}"
+        return f"kl:{weights_digest(self._loaded('decode'), ('decoder.', 'post_quant_conv.'))[:8]}"
 
     def _source_of(self, role: str) -> Source | None:
         return (self.decoder_source if role == "decode" else None) or self.source
@@ -164,12 +163,3 @@ def _lacking(role: str) -> str:
         "Give autoencoder.source=<folder or hub id of a diffusers AutoencoderKL>, e.g. "
         "autoencoder.source=stabilityai/sd-vae-ft-ema."
     )
-
-
-def _digest(vae: nn.Module, prefixes: tuple[str, ...]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
-        if name.startswith(prefixes):
-            digest.update(f"{name} {tuple(value.shape)}\n".encode())
-            digest.update(value.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
