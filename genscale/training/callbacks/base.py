@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from genscale.training.module import GenerativeModule
+from genscale.training.step_module import StepModule
 
 
 class StepCallback(pl.Callback):
@@ -32,13 +32,13 @@ class StepCallback(pl.Callback):
             self._seen = module.step
             self.on_step(trainer, module)
 
-    def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+    def on_step(self, trainer: pl.Trainer, module: StepModule) -> None:
         """Act on the finished optimizer step ``module.step`` (counted from 1)."""
 
 
-def _own(module: pl.LightningModule) -> GenerativeModule:
-    if not isinstance(module, GenerativeModule):
-        raise TypeError(f"A GenerativeModule was expected, but {type(module).__name__} was given.")
+def _own(module: pl.LightningModule) -> StepModule:
+    if not isinstance(module, StepModule):
+        raise TypeError(f"A StepModule was expected, but {type(module).__name__} was given.")
     return module
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from genscale.runs import RunFolder
 from genscale.training.callbacks.base import StepCallback, due
 from genscale.training.callbacks.log import TrainLog
-from genscale.training.module import GenerativeModule
+from genscale.training.step_module import StepModule
 
 
 class RunCheckpoint(StepCallback, Checkpoint):
@@ -39,7 +39,7 @@ class RunCheckpoint(StepCallback, Checkpoint):
         self.keep_every = keep_every
         self.train_log = log
 
-    def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+    def on_step(self, trainer: pl.Trainer, module: StepModule) -> None:
         """Save when due."""
         last = module.step >= trainer.max_steps or trainer.should_stop
         if last or due(module.step, self.every, trainer.max_steps):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import lightning.pytorch as pl
 
 from genscale.training.callbacks.base import StepCallback
-from genscale.training.module import GenerativeModule
+from genscale.training.step_module import StepModule
 
 
 class UpdateEMA(StepCallback):
     """Moves the averages towards ``module.model`` after every optimizer step."""
 
-    def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+    def on_step(self, trainer: pl.Trainer, module: StepModule) -> None:
         """Update the averages."""
         module.update_averages()

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from genscale.errors import GenscaleError
 from genscale.training.callbacks.base import StepCallback, due
-from genscale.training.module import GenerativeModule
 from genscale.training.parallel import gradient_norm
+from genscale.training.step_module import StepModule
 
 
 class FiniteGuard(StepCallback):
@@ -38,7 +38,7 @@ class FiniteGuard(StepCallback):
         """Continue counting."""
         self._skipped, self._in_row = state_dict["skipped"], state_dict["in_row"]
 
-    def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+    def on_step(self, trainer: pl.Trainer, module: StepModule) -> None:
         """Count, and raise when ``max_in_row`` steps in a row were skipped."""
         if module.gradient_norm is None:
             return
@@ -52,7 +52,7 @@ class FiniteGuard(StepCallback):
                 raise GenscaleError(self._message(module))
             self._worst = self._in_row
 
-    def _message(self, module: GenerativeModule) -> str:
+    def _message(self, module: StepModule) -> str:
         first = (module.step - 1) * module.batch_size
         last = first + module.batch_size - 1
         norms = {

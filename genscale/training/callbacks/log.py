@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from genscale.training.callbacks.base import StepCallback, due
-from genscale.training.module import GenerativeModule
 from genscale.training.run_log import RunLog
+from genscale.training.step_module import StepModule
 
 # dense bfloat16 peaks in TFLOP/s, from the vendors' data sheets
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10": 125.0}
@@ -57,7 +57,7 @@ class TrainLog(StepCallback):
             self.run_log.rewind(self._seen)
         self._clock = self._interval = time.perf_counter()
 
-    def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+    def on_step(self, trainer: pl.Trainer, module: StepModule) -> None:
         """Add the step's terms on the device; write a row when one is due."""
         terms = dict(module.terms)
         if module.gradient_norm is not None:
@@ -69,7 +69,7 @@ class TrainLog(StepCallback):
         if due(module.step, self.every, trainer.max_steps):
             self._write(trainer, module)
 
-    def _write(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+    def _write(self, trainer: pl.Trainer, module: StepModule) -> None:
         names = [*self._sums, *module.counts]
         means = torch.stack(
             [self._sums[name] / self._count for name in self._sums]

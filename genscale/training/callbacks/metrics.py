@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 from genscale.pipeline import GenerationPipeline
 from genscale.training.callbacks.base import StepCallback, due
 from genscale.training.callbacks.log import TrainLog
-from genscale.training.module import GenerativeModule
 from genscale.training.parallel import whole
+from genscale.training.step_module import StepModule
 
 Evaluate = Callable[[GenerationPipeline, int, int, int], dict[str, float]]
 
@@ -44,7 +44,7 @@ class PeriodicMetrics(StepCallback):
         self.num_samples = num_samples
         self.train_log = log
 
-    def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+    def on_step(self, trainer: pl.Trainer, module: StepModule) -> None:
         """Evaluate when due."""
         if not due(module.step, self.every, trainer.max_steps):
             return

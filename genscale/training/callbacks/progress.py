@@ -18,7 +18,7 @@ from rich.progress import (
 
 from genscale.training.callbacks.base import StepCallback, due
 from genscale.training.callbacks.log import TrainLog
-from genscale.training.module import GenerativeModule
+from genscale.training.step_module import StepModule
 
 
 class TrainProgress(StepCallback):
@@ -63,7 +63,7 @@ class TrainProgress(StepCallback):
         )
         self._bar.start()
 
-    def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+    def on_step(self, trainer: pl.Trainer, module: StepModule) -> None:
         """Move the bar, or print a line when it is time."""
         if not trainer.is_global_zero:
             return

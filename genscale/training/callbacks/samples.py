@@ -11,8 +11,8 @@ from genscale.pipeline import GenerationPipeline
 from genscale.runs import RunFolder
 from genscale.training.callbacks.base import StepCallback, due
 from genscale.training.callbacks.log import TrainLog
-from genscale.training.module import GenerativeModule
 from genscale.training.parallel import whole
+from genscale.training.step_module import StepModule
 
 
 class SampleGrid(StepCallback):
@@ -44,7 +44,7 @@ class SampleGrid(StepCallback):
         self.seed = seed
         self.train_log = log
 
-    def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+    def on_step(self, trainer: pl.Trainer, module: StepModule) -> None:
         """Write a grid when due."""
         if not due(module.step, self.every, trainer.max_steps):
             return

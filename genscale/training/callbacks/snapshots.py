@@ -12,8 +12,8 @@ from genscale.runs import RunFolder
 from genscale.training.callbacks.base import StepCallback, due
 from genscale.training.callbacks.log import TrainLog
 from genscale.training.ema import PosthocEMA
-from genscale.training.module import GenerativeModule
 from genscale.training.posthoc import Profile, drop_later, save_snapshot
+from genscale.training.step_module import StepModule
 
 
 class EMASnapshots(StepCallback, Checkpoint):
@@ -40,7 +40,7 @@ class EMASnapshots(StepCallback, Checkpoint):
             drop_later(self.run.ema_snapshots_dir, self._seen)
         trainer.strategy.barrier("snapshots")
 
-    def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+    def on_step(self, trainer: pl.Trainer, module: StepModule) -> None:
         """Write snapshots when due."""
         if not due(module.step, self.law.snapshot_every, trainer.max_steps):
             return

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 
 from genscale.training.callbacks.base import StepCallback
-from genscale.training.module import GenerativeModule
+from genscale.training.step_module import StepModule
 
 
 class GracefulStop(StepCallback):
@@ -40,7 +40,7 @@ class GracefulStop(StepCallback):
         elif number != signal.SIGUSR1:
             raise KeyboardInterrupt
 
-    def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+    def on_step(self, trainer: pl.Trainer, module: StepModule) -> None:
         """Ask the trainer to stop when a signal came, on any process."""
         wanted = self.received
         if trainer.world_size > 1:
