@@ -14,6 +14,7 @@ from genscale.metrics.protocol import EvalProtocol, MetricValue
 from genscale.metrics.suite import EvaluationSuite
 from genscale.pipeline import Generated, GenerationPipeline
 from genscale.rng import Purpose
+from genscale.samplers.base import Sampler
 
 
 def fit_reference(suite: EvaluationSuite, datamodule: ImageDataModule) -> None:
@@ -66,7 +67,7 @@ def describe(
         sampler=sampler.label + _cached(pipeline),
         steps=sampler.num_steps,
         nfe=nfe,
-        solver="sde" if sampler.stochastic else "ode",
+        solver=_solver(sampler),
         guidance=guidance.label if guided else "none",
         guidance_scale=scale if guided else None,
         guidance_interval=tuple(interval) if guided and interval is not None else None,
@@ -75,6 +76,12 @@ def describe(
         autoencoder=pipeline.autoencoder.protocol_name,
         weights=weights,
     )
+
+
+def _solver(sampler: Sampler) -> str:
+    if sampler.family == "scale_wise":
+        return "tokens"
+    return "sde" if sampler.stochastic else "ode"
 
 
 def _cached(pipeline: GenerationPipeline) -> str:

@@ -36,7 +36,7 @@ from genscale.io.weights import (
     complete_from,
     read_checkpoint,
 )
-from genscale.objectives.base import Denoiser, Objective
+from genscale.objectives.base import Objective
 from genscale.run_weights import MAIN, Origin, is_exported, read_weights
 from genscale.runs import RunFolder
 from genscale.samplers.base import Sampler
@@ -303,7 +303,7 @@ class GenerationPipeline:
         """Shape ``(C, H, W)`` of a finished picture."""
         channels, height, width = self.model.sample_shape
         factor = self.autoencoder.downsample
-        channels = channels if factor == 1 else 3
+        channels = self.autoencoder.image_channels or channels
         return (channels, height * factor, width * factor)
 
     def to(self, device: str | torch.device | None) -> GenerationPipeline:
@@ -333,9 +333,11 @@ class GenerationPipeline:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def _view(self, solver: Sampler) -> Denoiser:
+    def _view(self, solver: Sampler) -> Any:
         """Return the network's view, with step caching as this solver's steps want it."""
-        view = self.objective.view(self.model)
+        view = self.objective.view(self.model, self.autoencoder)
+        if self.objective.family == "scale_wise":
+            return view
         if not isinstance(solver, GridSampler):
             return self.step_cache.wrap(view)
         return self.step_cache.wrap(view, solver.last_level(view.process))

@@ -32,18 +32,58 @@ def combination_problems(
     """
     from genscale.objectives.denoising import DenoisingObjective
 
-    problems = []
+    problems = family_problems(model, objective, guidance, sampler)
+    if problems or objective is None or objective.family != "diffusion":
+        return problems
     learned = bool(model_setting(model, "learn_sigma"))
     if isinstance(objective, DenoisingObjective):
         try:
             objective.check_variance(learned)
         except ConfigError as error:
             problems.append(str(error))
-    if objective is not None and guidance is not None:
+    if guidance is not None:
         problems += guidance.check(objective.process)
-    if objective is not None and sampler is not None:
+    if sampler is not None:
         problems += sampler.check(objective.process, learned_variance=learned)
     return problems
+
+
+def family_problems(
+    model: DictConfig,
+    objective: Objective | None,
+    guidance: Guidance | None,
+    sampler: Sampler | None,
+) -> list[str]:
+    """Return a sentence for every part that is made for another family than the objective."""
+    if objective is None:
+        return []
+    own = objective.family
+    problems = []
+    network = "scale_wise" if model_setting(model, "scales") is not None else "diffusion"
+    if network != own:
+        problems.append(
+            f"objective={type(objective).__name__} trains {_PLAIN[own]}, but "
+            f"{str(model.get('_target_')).rpartition('.')[2]} is {_PLAIN[network]}. "
+            f"Give objective={_OBJECTIVES[network]}, or another model=..."
+        )
+        return problems
+    if sampler is not None and sampler.family != own:
+        problems.append(
+            f"sampler={type(sampler).__name__} is for {_PLAIN[sampler.family]}, but the model is "
+            f"{_PLAIN[own]}. Give sampler={_SAMPLERS[own]}."
+        )
+    if guidance is not None and own not in guidance.families:
+        problems.append(
+            f"guidance={type(guidance).__name__} does not guide {_PLAIN[own]}. "
+            f"Give guidance={_GUIDANCES[own]}, or guidance=none."
+        )
+    return problems
+
+
+_PLAIN = {"diffusion": "a diffusion model", "scale_wise": "a scale-wise model"}
+_OBJECTIVES = {"diffusion": "flow, ddpm or edm", "scale_wise": "next_scale"}
+_SAMPLERS = {"diffusion": "sde or another solver", "scale_wise": "next_scale"}
+_GUIDANCES = {"diffusion": "cfg", "scale_wise": "scale_wise"}
 
 
 def model_setting(node: DictConfig, name: str) -> Any:

@@ -9,25 +9,31 @@ from omegaconf import DictConfig, OmegaConf
 
 from genscale.assembly import build
 from genscale.cli.app import instantiate
+from genscale.cli.combinations import combination_problems
 from genscale.errors import ConfigError
 from genscale.guidance.autoguidance import Autoguidance
 from genscale.pipeline import GenerationPipeline, exported_config
 from genscale.run_weights import is_exported
 from genscale.runs import RunFolder, new_folder
 
+_BY_SCALE = "genscale.guidance.scale_wise.ScaleGuidance"
 
-def inherit(node: DictConfig, own: dict[str, Any]) -> dict[str, Any]:
+
+def inherit(
+    node: DictConfig, own: dict[str, Any], *, unguided: str = "genscale.guidance.cfg.ClassifierFree"
+) -> dict[str, Any]:
     """Return the run's own settings with the numbers given on the command line put in.
 
     ``sampler=run sampler.steps=30`` changes the steps of the run's sampler; a group that names a
-    ``_target_`` replaces the run's settings altogether.
+    ``_target_`` replaces the run's settings altogether. ``unguided`` is what guides where numbers
+    are given to a run without guidance.
     """
     given: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
     if given.get("_target_"):
         return given
     changes = {name: value for name, value in given.items() if value is not None}
     if changes and own["_target_"].endswith(".Unguided"):
-        own = {"_target_": "genscale.guidance.cfg.ClassifierFree"}
+        own = {"_target_": unguided}
     return {**own, **changes}
 
 
@@ -46,13 +52,19 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
         cfg.run, checkpoint=cfg.checkpoint, weights=str(cfg.weights), device=cfg.device
     )
     sampler = inherit(cfg.sampler, own["sampler"])
-    guidance = inherit(cfg.guidance, own["guidance"])
+    scale_wise = pipeline.objective.family == "scale_wise"
+    guidance = (
+        inherit(cfg.guidance, own["guidance"], unguided=_BY_SCALE)
+        if scale_wise
+        else inherit(cfg.guidance, own["guidance"])
+    )
     pipeline.sampler = instantiate(OmegaConf.create(sampler), "sampler")
-    learned = bool(pipeline.model.config.get("learn_sigma"))
-    problems = pipeline.sampler.check(pipeline.objective.process, learned_variance=learned)
+    asked = instantiate(OmegaConf.create(guidance), "guidance")
+    problems = combination_problems(
+        OmegaConf.create(own["model"]), pipeline.objective, asked, pipeline.sampler
+    )
     if problems:
         raise ConfigError("\n".join(problems))
-    asked = instantiate(OmegaConf.create(guidance), "guidance")
     pipeline.guidance = pipeline.ready(asked)
     if isinstance(asked, Autoguidance):
         weak = pipeline.weak_models.find(asked.settings, pipeline)

@@ -1,4 +1,4 @@
-"""The arithmetic that YAML may do: ``latent_size``, ``div`` and ``mul``, nothing cleverer.
+"""The arithmetic that YAML may do: ``latent_size``, ``count``, ``div`` and ``mul``.
 
 input_size: ${latent_size:${data.resolution},${autoencoder.downsample}}
 """
@@ -6,6 +6,8 @@ input_size: ${latent_size:${data.resolution},${autoencoder.downsample}}
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from genscale.errors import ConfigError
 
@@ -53,9 +55,14 @@ def mul(*factors: Number) -> Number:
     return math.prod(factors)
 
 
+def count(items: Sequence[Any]) -> int:
+    """Return how many items a list has."""
+    return len(items)
+
+
 def register_resolvers() -> None:
-    """Make the three known to OmegaConf; may be called any number of times."""
+    """Make the four known to OmegaConf; may be called any number of times."""
     from omegaconf import OmegaConf
 
-    for resolver in (latent_size, div, mul):
+    for resolver in (latent_size, count, div, mul):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

@@ -40,7 +40,7 @@ class EvalProtocol:
         sampler: solver or decoding.
         steps: its number of steps.
         nfe: network evaluations a sample.
-        solver: ``ode``, ``sde`` or empty.
+        solver: ``ode``, ``sde``, ``tokens`` (scale-wise models) or empty.
         guidance: kind of guidance.
         guidance_scale: its scale; None without guidance.
         guidance_interval: (low, high) where guidance is on; None for everywhere.
