@@ -40,8 +40,9 @@ MAY_IMPORT = {
     "report": ("io", "runs"),
     "run_weights": ("io", "runs"),
     "weak_models": ("guidance", "run_weights"),
+    "text_cache": ("io",),
     "pipeline": (
-        *("weak_models", "run_weights"),
+        *("weak_models", "run_weights", "text_cache"),
         *("search", "samplers", "autoencoders", "data", "io", "resolution", "upscaling"),
         *("metrics", "assembly", "runs", "dist"),
     ),

@@ -54,6 +54,20 @@ def check_heads(hidden_size: int, num_heads: int) -> None:
         )
 
 
+def check_text(text_size: int, num_text_tokens: int, pooled_text_size: int) -> None:
+    """Check the sizes of text.
+
+    Raises:
+        ConfigError: one is negative, or there are tokens of a width but none in number.
+    """
+    if min(text_size, pooled_text_size) < 0 or (text_size and num_text_tokens < 1):
+        raise ConfigError(
+            f"model.text_size={text_size}, model.num_text_tokens={num_text_tokens} and "
+            f"model.pooled_text_size={pooled_text_size} must be positive, or 0 for a model without "
+            "text. Give the sizes of the text encoder."
+        )
+
+
 def mlp_width(hidden_size: int, mlp_ratio: float) -> int:
     """Return the width inside feed-forward layers.
 

@@ -24,6 +24,9 @@ class Conditioning:
         reference: ``(B, C, H, W)`` low-resolution or reference image in [-1, 1], with its
             noise level ``reference_level`` ``(B,)``.
         requests: B raw captions or scenes; rewards read them, no backbone does.
+        negative: what the text is replaced by where the condition is dropped, as conditions of
+            the same B samples: the encoded empty prompt, or a negative prompt. Only its text
+            fields are read. Without it, dropped text is zero and masked out.
     """
 
     labels: Tensor | None = None
@@ -35,6 +38,7 @@ class Conditioning:
     reference: Tensor | None = None
     reference_level: Tensor | None = None
     requests: tuple[Any, ...] | None = None
+    negative: Conditioning | None = None
 
     def _map(self, function: Any) -> Conditioning:
         changed = {}
@@ -42,6 +46,8 @@ class Conditioning:
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 changed[field.name] = function(value)
+            elif isinstance(value, Conditioning):
+                changed[field.name] = value._map(function)
         return replace(self, **changed)
 
     def __len__(self) -> int:
@@ -67,7 +73,7 @@ class Conditioning:
         return self.select(torch.arange(len(self)).repeat_interleave(n))
 
     def null(self) -> Conditioning:
-        """Return the unconditional twin: null labels, masked and zeroed text.
+        """Return the unconditional twin: null labels, and the negative text or masked zeros.
 
         Size, frame rate and reference are kept: they describe the picture, not the wish.
         """
@@ -78,14 +84,15 @@ class Conditioning:
         changed: dict[str, Any] = {}
         if self.labels is not None:
             changed["labels"] = self.labels.masked_fill(mask.to(self.labels.device), NULL_LABEL)
-        if self.text is not None:
-            changed["text"] = self.text.masked_fill(mask.to(self.text.device)[:, None, None], 0.0)
-        if self.text_mask is not None:
-            changed["text_mask"] = self.text_mask & ~mask.to(self.text_mask.device)[:, None]
-        if self.pooled_text is not None:
-            changed["pooled_text"] = self.pooled_text.masked_fill(
-                mask.to(self.pooled_text.device)[:, None], 0.0
-            )
+        for name in ("text", "text_mask", "pooled_text"):
+            own = getattr(self, name)
+            if own is not None:
+                other = None if self.negative is None else getattr(self.negative, name)
+                rows = mask.to(own.device).view(-1, *[1] * (own.dim() - 1))
+                # zero is False in a mask
+                changed[name] = torch.where(
+                    rows, torch.zeros_like(own) if other is None else other, own
+                )
         return replace(self, **changed)
 
     @staticmethod
@@ -103,6 +110,8 @@ class Conditioning:
                 continue
             if field.name == "requests":
                 joined[field.name] = tuple(item for value in values for item in value)
+            elif field.name == "negative":
+                joined[field.name] = Conditioning.cat(values)
             else:
                 joined[field.name] = torch.cat(values)
         return Conditioning(**joined)

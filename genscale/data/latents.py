@@ -301,7 +301,7 @@ class LatentDataModule(ImageDataModule):
             name=name,
         )
 
-    def samples(self) -> Dataset[dict[str, Tensor]]:
+    def samples(self) -> Dataset[dict[str, Any]]:
         """Return what reads batches of ``moments``, ``label`` and ``position``."""
         return _Moments(self.train, self.seed, self.flip)
 

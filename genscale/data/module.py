@@ -43,6 +43,8 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         samples_seen: samples trained on so far; a plain int.
+        with_captions: whether batches carry the captions of their pictures; off until a model
+            that reads them asks for it.
 
     Raises:
         DataError: if train and heldout differ in size, channels or classes.
@@ -80,6 +82,7 @@ class ImageDataModule(LightningDataModule):
         self.seed = seed
         self.accumulate = accumulate
         self.samples_seen = 0
+        self.with_captions = False
         self.name = name or train.name
 
     @property
@@ -106,12 +109,12 @@ class ImageDataModule(LightningDataModule):
         """Return the SHA-256 of the train set."""
         return self.train.fingerprint()
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return the endless loader of this process, from position ``samples_seen`` on.
 
         A batch is ``{"image": uint8 (B, C, H, W), "label": int64 (B,), "position": int64 (B,)}``
         where B is the micro-batch of this process. Labels are -1 (the null class) throughout
-        where the set has none.
+        where the set has none. With :attr:`with_captions`, ``"caption"`` is a list of B texts.
 
         Raises:
             ParallelError: if ``batch_size`` does not divide over processes and micro-batches, or
@@ -140,9 +143,10 @@ class ImageDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
         )
 
-    def samples(self) -> Dataset[dict[str, Tensor]]:
+    def samples(self) -> Dataset[dict[str, Any]]:
         """Return what turns (position, row) pairs into batches, in the reading processes."""
-        return _Samples(self.train, self.seed, self.flip)
+        captions = self.train.captions if self.with_captions else None
+        return _Samples(self.train, self.seed, self.flip, captions)
 
     def pictures(self) -> ImageDataModule:
         """Return the module of the pictures that samples are compared with: this one."""
@@ -188,21 +192,24 @@ class ImageDataModule(LightningDataModule):
         self.samples_seen = int(state_dict["samples_seen"])
 
 
-class _Samples(Dataset[dict[str, Tensor]]):
+class _Samples(Dataset[dict[str, Any]]):
     """Turns (position, row) pairs into a batch; what worker processes receive."""
 
-    def __init__(self, images: ImageDataset, seed: int, flip: bool) -> None:
+    def __init__(
+        self, images: ImageDataset, seed: int, flip: bool, captions: Sequence[str] | None = None
+    ) -> None:
         self._images = images
         self._seed = seed
         self._flip = flip
+        self._captions = captions
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, pair: tuple[int, int]) -> dict[str, Tensor]:
+    def __getitem__(self, pair: tuple[int, int]) -> dict[str, Any]:
         return {name: value[0] for name, value in self.__getitems__([pair]).items()}
 
-    def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
         # the loader fetches a whole batch through this method where a data set has it
         position, rows = torch.tensor(pairs, dtype=torch.int64).unbind(1)
         images = self._images.images(rows)
@@ -211,7 +218,10 @@ class _Samples(Dataset[dict[str, Tensor]]):
             images = torch.where(which[:, None, None, None], images.flip(-1), images)
         labels = self._images.labels
         label = torch.full_like(rows, UNLABELLED) if labels is None else labels[rows]
-        return {"image": images, "label": label, "position": position}
+        batch: dict[str, Any] = {"image": images, "label": label, "position": position}
+        if self._captions is not None:
+            batch["caption"] = [self._captions[row] for row in rows.tolist()]
+        return batch
 
 
 def mirrored(seed: int, position: Tensor) -> Tensor:

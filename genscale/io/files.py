@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_home() -> Path:
+    """Return the folder of what can be computed again: ``$GENSCALE_CACHE``, else a user's own."""
+    named = os.environ.get("GENSCALE_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "genscale"
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on leaving, make it ``path`` in one step.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from pathlib import Path
 
 from torch import Tensor
 
-from genscale.io.files import atomic_write
+from genscale.io.files import atomic_write, cache_home
 from genscale.metrics.features import FeatureNetwork, Watch, extract
 
 _LAYOUT = "1"  # changes when files of an older layout must not be read any more
@@ -17,9 +16,7 @@ _LAYOUT = "1"  # changes when files of an older layout must not be read any more
 
 def cache_folder() -> Path:
     """Return the folder: ``$GENSCALE_CACHE``, else ``~/.cache/genscale``, below it references."""
-    named = os.environ.get("GENSCALE_CACHE")
-    base = Path(named).expanduser() if named else Path.home() / ".cache" / "genscale"
-    return base / "references"
+    return cache_home() / "references"
 
 
 def extract_once(
