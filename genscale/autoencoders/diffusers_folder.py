@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
 from genscale.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -173,11 +171,12 @@ def load_as(kind: type[M], folder: Path, source: Source) -> M:
     Raises:
         CheckpointError: the file is damaged, or does not fit its config.
     """
-    model: M
+    import torch  # not needed to read a config
+
     try:
         # building draws initial weights: the numbers of a run must not depend on when that is
         with torch.random.fork_rng(devices=[]):
-            model, told = kind.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 folder,
                 torch_dtype=torch.float32,
                 use_safetensors=(folder / WEIGHTS[0]).is_file(),
@@ -189,6 +188,8 @@ def load_as(kind: type[M], folder: Path, source: Source) -> M:
         raise CheckpointError(
             f"The weights of {source} cannot be loaded: {problem}. Copy the file again."
         ) from error
+    model: M
+    model, told = loaded
     missing, unexpected = told["missing_keys"], told["unexpected_keys"]
     if missing or unexpected:
         raise CheckpointError(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from genscale.autoencoders.base import ScaleTokenizer
+from genscale.autoencoders.base import ScaleTokenizer, weights_digest
+from genscale.autoencoders.diffusers_folder import Source, load_as
+from genscale.autoencoders.msvq_folder import HOW, KEY, locate_tokenizer, read_settings
 from genscale.autoencoders.quantizer import QuantizeOutput, ScaleQuantizer
 from genscale.autoencoders.vq_layers import Decoder, Encoder, LevelSettings
-from genscale.errors import ConfigError
+from genscale.errors import CheckpointError, ConfigError
 from genscale.layers.norm import no_autocast
-from genscale.layers.scales import Scales
+from genscale.layers.scales import Scales, as_scales
 
 
 class MSVQ(ScaleTokenizer, ModelMixin, ConfigMixin):
@@ -220,6 +224,154 @@ class MSVQ(ScaleTokenizer, ModelMixin, ConfigMixin):
                 f"{rows * factor} x {columns * factor}, or scales that end with "
                 f"[{height}, {width}]."
             )
+
+
+class TrainedMSVQ(ScaleTokenizer):
+    """A trained :class:`MSVQ`, frozen, whose weights are read when they are first needed.
+
+    What is known of it may be stated, so that a network can be built for it before it is there;
+    stated numbers are held against the tokenizer's own.
+
+    Args:
+        run: folder of a run of ``model=msvq``, or an exported one; None where no picture is
+            encoded, no feature made and no latent decoded.
+        scales: sides or ``[height, width]`` of the token maps, for another resolution than the
+            tokenizer was trained at; None takes its own.
+        vocab_size: codes V; None takes the tokenizer's own, as with all that follow.
+        latent_channels: channels Cv of the latents.
+        downsample: pixels a latent cell covers along one side.
+        image_channels: channels of the pictures.
+
+    Raises:
+        ConfigError: neither a run nor these numbers are given, or scales that do not grow.
+        CheckpointError: numbers are to be read of a run that holds no tokenizer.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: str | None = None,
+        scales: Sequence[int | Sequence[int]] | None = None,
+        vocab_size: int | None = None,
+        latent_channels: int | None = None,
+        downsample: int | None = None,
+        image_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.run = run
+        self._stated = {
+            "vocab_size": vocab_size,
+            "latent_channels": latent_channels,
+            "downsample": downsample,
+            "image_channels": image_channels,
+        }
+        settings: dict[str, Any] = {"scales": scales, **self._stated}
+        if run is not None and None in settings.values():
+            own = read_settings(run)
+            settings = {name: own[name] if v is None else v for name, v in settings.items()}
+        if any(value is None for name, value in settings.items() if name != "image_channels"):
+            raise ConfigError(_lacking("know its sizes"))
+        self.scales = as_scales(settings["scales"])
+        self.vocab_size = settings["vocab_size"]
+        self.latent_channels = settings["latent_channels"]
+        self.downsample = settings["downsample"]
+        self.image_channels = settings["image_channels"]
+        self._msvq: Any = None  # once loaded
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Encode images to tokens; see :meth:`MSVQ.tokens`."""
+        return self._loaded("encode pictures", images.device).tokens(images)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """Return the features of all scales; see :meth:`ScaleTokenizer.features`."""
+        return self._loaded("read tokens", tokens.device).features(tokens)
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """Look tokens up; see :meth:`ScaleTokenizer.codes`."""
+        return self._loaded("read tokens", tokens.device).codes(tokens)
+
+    def add_scale(self, running: Tensor, codes: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
+        """Add one scale to the running latent; see :meth:`ScaleTokenizer.add_scale`."""
+        return self._loaded("read tokens", running.device).add_scale(running, codes, scale)
+
+    def latent(self, tokens: Tensor) -> Tensor:
+        """Return the running latent after all scales; see :meth:`ScaleTokenizer.latent`."""
+        return self._loaded("read tokens", tokens.device).latent(tokens)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode running latents; see :meth:`MSVQ.decode`."""
+        return self._loaded("decode samples", latents.device).decode(latents)
+
+    def check(self, *, encodes: bool, decodes: bool) -> list[str]:
+        """Return a sentence for a tokenizer that is lacking, not there, or not the one stated.
+
+        Weights are not read.
+        """
+        if self.run is None:
+            needs = ["encode pictures"] * encodes + ["decode samples"] * decodes
+            return [_lacking(needs[0])] if needs else []
+        try:
+            self._hold_against(read_settings(self.run))
+        except (CheckpointError, ConfigError) as error:
+            return [str(error)]
+        if encodes and Path(self.run).expanduser().is_symlink():
+            target = Path(self.run).expanduser().resolve()
+            return [
+                f"{KEY}={self.run} is a link, which may point elsewhere when this run is read "
+                f"back. Give what it points to: {KEY}={target}"
+            ]
+        return []
+
+    @property
+    def protocol_name(self) -> str:
+        """Return ``msvq`` and the first digits of the digest of all that makes pictures."""
+        parts = ("quantizer.embedding.", "quantizer.phis.", "post_quant_conv.", "decoder.")
+        return f"msvq:{weights_digest(self._loaded('decode samples'), parts)[:8]}"
+
+    def _hold_against(self, own: dict[str, Any]) -> None:
+        """Hold the stated numbers against the tokenizer's own."""
+        for name, value in self._stated.items():
+            if value is not None and value != own[name]:
+                raise ConfigError(
+                    f"autoencoder.{name}={value} was given, but the tokenizer of {KEY}={self.run} "
+                    f"has {own[name]}. Give autoencoder.{name}={own[name]}, or another {KEY}."
+                )
+
+    def _loaded(self, purpose: str, device: torch.device | None = None) -> MSVQ:
+        """Return the tokenizer, read on first use, on a device."""
+        if self._msvq is None:
+            if self.run is None:
+                raise ConfigError(_lacking(purpose))
+            self._hold_against(read_settings(self.run))
+            self._msvq = load_msvq(self.run, scales=self.scales)
+        model: MSVQ = self._msvq
+        return model if device in (None, model.device) else model.to(device)  # type: ignore[arg-type]
+
+
+def load_msvq(run: str, *, scales: Sequence[int | Sequence[int]] | None = None) -> MSVQ:
+    """Load a trained tokenizer, frozen and in eval mode.
+
+    Args:
+        run: folder of a run of ``model=msvq``, an exported folder, or one that
+            ``save_pretrained`` wrote.
+        scales: token maps for another resolution; None keeps those it was trained with.
+
+    Raises:
+        CheckpointError: no tokenizer there, or a damaged one.
+        ConfigError: scales that do not grow.
+    """
+    folder = locate_tokenizer(run)
+    model = load_as(MSVQ, folder, Source(KEY, str(folder)))
+    if scales is not None:
+        model.use_scales(scales)
+    return model
+
+
+def _lacking(purpose: str) -> str:
+    return (
+        f"{KEY} is not set, and a trained tokenizer is needed to {purpose}. {HOW}, or import VAR's "
+        f"(python -m genscale.cli.import_checkpoint family=msvq), and give {KEY}=<its folder>."
+    )
 
 
 def _check_levels(settings: LevelSettings, latent_kernel: int) -> None:

@@ -71,16 +71,19 @@ def with_settings(arguments: Sequence[str]) -> list[str]:
 
 def run(cfg: DictConfig) -> None:
     """Read the file, recognise the network, and write the folder."""
+    from genscale.autoencoders.base import Autoencoder
     from genscale.io.converters import converter
     from genscale.io.files import atomic_folder
     from genscale.io.model_card import model_card
-    from genscale.metrics.features import file_sha256
     from genscale.pipeline import EXPORTED, GenerationPipeline
 
     family = converter(cfg.family)
     if cfg.recipe is not None:
         check_recipe(str(cfg.recipe), conf_directory())
     model = _network(cfg, family)
+    if isinstance(model, Autoencoder):
+        _write_autoencoder(cfg, model)
+        return
     settings = {name: value for name, value in model.config.items() if name[0] != "_"}
     recipe = cfg.recipe or nearest(cfg.family, settings, conf_directory())
     backbone = family.BACKBONE
@@ -91,18 +94,58 @@ def run(cfg: DictConfig) -> None:
         autoencoder=OmegaConf.to_container(cfg.autoencoder, resolve=True),  # type: ignore[arg-type]
     )
     pipeline = GenerationPipeline.from_config(config, model=model)
-    target, file = Path(str(cfg.out)).expanduser(), Path(str(cfg.file)).expanduser()
-    digest = f", SHA-256 {file_sha256(str(file))}" if file.is_file() else ""
+    target = Path(str(cfg.out)).expanduser()
     with atomic_folder(target) as folder:
         pipeline.save_pretrained(folder, config)
         card = model_card(
             model,
             {key: config[key] for key in EXPORTED},
-            origin=f"Converted from {file.name}{digest}, recipe {recipe}.",
+            origin=f"{_origin(cfg)}, recipe {recipe}.",
             use="python sample.py run=<this folder> num_samples=16",
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     _tell(cfg, config, model, recipe, target)
+
+
+def _write_autoencoder(cfg: DictConfig, model: Any) -> None:
+    """Write an autoencoder, which has no objective and no sampler, as a folder of weights.
+
+    Raises:
+        ConfigError: a setting that belongs to a network of latents.
+    """
+    from genscale.backbones.base import parameter_count
+    from genscale.io.files import atomic_folder
+    from genscale.io.model_card import model_card
+
+    given = {"recipe": cfg.recipe, **{f"autoencoder.{k}": v for k, v in cfg.autoencoder.items()}}
+    for key, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"{key}={value} belongs to a generative network, but family={cfg.family} is an "
+                "autoencoder. Leave it out."
+            )
+    target = Path(str(cfg.out)).expanduser()
+    settings = {name: value for name, value in model.config.items() if name[0] != "_"}
+    with atomic_folder(target) as folder:
+        model.save_pretrained(folder)
+        card = model_card(
+            model,
+            {"data_info": {}, "model": settings},
+            origin=f"{_origin(cfg)}.",
+            use="python train.py model=var autoencoder=var_vqvae autoencoder.run=<this folder>",
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    print(f"{type(model).__name__} of {parameter_count(model):,} parameters: {target}")
+    print(f"use:      autoencoder.run={target}")
+
+
+def _origin(cfg: DictConfig) -> str:
+    """Say what file was converted."""
+    from genscale.metrics.features import file_sha256
+
+    file = Path(str(cfg.file)).expanduser()
+    digest = f", SHA-256 {file_sha256(str(file))}" if file.is_file() else ""
+    return f"Converted from {file.name}{digest}"
 
 
 def _network(cfg: DictConfig, family: ModuleType) -> Any:
@@ -163,7 +206,7 @@ def _read(
         "input_size": size if isinstance(size, int) else None,
     }
     found = family.config_from_state_dict(state, **hints)
-    if heads is None and _depends_on_heads(family, state, found):
+    if heads is None and "num_heads" in found and _depends_on_heads(family, state, found):
         print(f"num_heads={found['num_heads']} is assumed, as published: no shape tells it")
     return state, found
 

@@ -1,4 +1,4 @@
-"""The arithmetic that YAML may do: ``latent_size``, ``count``, ``div`` and ``mul``.
+"""The arithmetic that YAML may do: ``latent_size``, ``count``, ``div``, ``mul``; and ``tokenizer``.
 
 input_size: ${latent_size:${data.resolution},${autoencoder.downsample}}
 """
@@ -60,9 +60,28 @@ def count(items: Sequence[Any]) -> int:
     return len(items)
 
 
+def tokenizer(run: str | None, setting: str, otherwise: Any) -> Any:
+    """Return what a trained tokenizer says of itself, so that a network fits it.
+
+    Args:
+        run: its folder; ``otherwise`` is returned where there is none yet.
+        setting: ``scales``, ``vocab_size``, ``latent_channels``, ``downsample`` or
+            ``image_channels``.
+        otherwise: what stands in.
+
+    Raises:
+        CheckpointError: the folder holds no tokenizer.
+    """
+    if run is None:
+        return otherwise
+    from genscale.autoencoders.msvq_folder import read_settings
+
+    return read_settings(run)[setting]
+
+
 def register_resolvers() -> None:
-    """Make the four known to OmegaConf; may be called any number of times."""
+    """Make the five known to OmegaConf; may be called any number of times."""
     from omegaconf import OmegaConf
 
-    for resolver in (latent_size, count, div, mul):
+    for resolver in (latent_size, count, div, mul, tokenizer):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
