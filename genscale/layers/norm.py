@@ -66,6 +66,33 @@ class RMSNorm(nn.Module):
         return rms_norm(x, upcast(self.scale))
 
 
+class WeightedRMSNorm(nn.Module):
+    """Root-mean-square norm with a learned weight, eps under the root (arXiv:2302.13971).
+
+    y = weight * cast(x / sqrt(mean(x^2) + eps)), the cast being to the type of x.
+
+    Args:
+        hidden_size: width D.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start with a weight of one."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` ``(..., D)``."""
+        wide = upcast(x)
+        inverse_root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * inverse_root).to(x.dtype) * self.weight
+
+
 class AdaptiveRMSNorm(nn.Module):
     """Root-mean-square norm whose scale 1 + W c is read off the first row of its own input.
 
