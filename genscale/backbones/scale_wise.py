@@ -337,8 +337,8 @@ class ClassTable(nn.Embedding):
         super().__init__(num_classes + 1, hidden_size)
         self.num_classes = num_classes
 
-    def forward(self, labels: Tensor | None, batch: int, device: torch.device) -> Tensor:
-        """Return ``(B, D)`` of labels ``(B,)``; -1 and missing labels mean the null class.
+    def look_up(self, labels: Tensor | None, batch: int, device: torch.device) -> Tensor:
+        """Return ``(B, D)`` float32 of labels ``(B,)``; -1 and missing labels mean the null class.
 
         Raises:
             ValueError: another number of labels than samples.

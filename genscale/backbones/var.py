@@ -78,8 +78,9 @@ class VARBlock(nn.Module):
         Args:
             c: SiLU of the condition ``(B, D)``, or the shared vectors ``(B, 6, D)``.
         """
-        if self.modulation is None:
+        if self.offsets is not None:
             return c + self.offsets
+        assert self.modulation is not None
         vectors: Tensor = self.modulation(c).unflatten(-1, (6, -1))
         return vectors
 
@@ -220,7 +221,7 @@ class VAR(ScaleTransformer):
 
     def start_vectors(self, cond: Conditioning, batch: int, device: torch.device) -> Tensor:
         """Return the class vectors ``(B, D)``."""
-        return self.class_table(cond.labels, batch, device)
+        return self.class_table.look_up(cond.labels, batch, device)
 
     def teach(self, x: Tensor, start: Tensor, cond: Conditioning, scales: range) -> Tensor:
         """Run the blocks on all scales up to one, each seeing those before it."""
