@@ -211,6 +211,8 @@ class NextScale(Sampler):
             noise: ``(B, l)`` unit normal, l at least the size of the current scale: draw again
                 with it. None keeps the provisional tokens.
         """
+        if not bool((state.step < self.num_scales).any()):
+            return state
         state = self.evaluate(model, state)
         rows = None if noise is None else noise.to(state.x)
 
@@ -247,7 +249,17 @@ class NextScale(Sampler):
         return self.advance(model, state.replace(clean=latent, history=forced))
 
     def finish(self, state: State) -> Tensor:
-        """Return the running latents after all scales."""
+        """Return the running latents after all scales.
+
+        Raises:
+            ValueError: a particle has scales left.
+        """
+        left = self.num_scales - int(state.step.min())
+        if left:
+            raise ValueError(
+                f"A particle has {left} of {self.num_scales} scales left. Advance it until "
+                "state.step is sampler.num_steps."
+            )
         return state.x
 
     def _evaluate(self, model: ScaleDecoder, state: State) -> State:
@@ -332,9 +344,10 @@ class NextScale(Sampler):
         everyone = torch.arange(len(state), device="cpu")
         if scale is not None:
             return state if scale >= self.num_scales else move(state, everyone)
-        for scale in state.step.unique().tolist():
+        before = state.step  # those that have moved must not move again
+        for scale in before.unique().tolist():
             if scale < self.num_scales:
-                index = everyone[state.step == scale]
+                index = everyone[before == scale]
                 state = state.put(index, move(state.select(index), index))
         return state
 
