@@ -104,16 +104,17 @@ def _nearest_colour(image: NDArray[np.uint8]) -> NDArray[np.int64]:
     squared = (
         (palette**2).sum(1)[:, None] - 2 * palette @ pixels + (pixels**2).sum(0)[None, :]
     )  # (8, H W)
-    nearest = squared.argmin(0)
+    nearest: NDArray[np.int64] = squared.argmin(0)
     nearest[squared.min(0) >= COLOUR_DISTANCE**2] = -1
     return nearest.reshape(image.shape[1:])
 
 
-def _ground(image: NDArray[np.uint8], where: _Mask) -> NDArray[np.float64]:
+def _ground(image: NDArray[np.uint8], where: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Return the colour (3,) behind the objects, 8-bit sRGB; black where all is object."""
     if not where.any():
         return np.zeros(3)
-    return np.median(image[:, where], axis=1).astype(np.float64)
+    ground: NDArray[np.float64] = np.median(image[:, where], axis=1)
+    return ground
 
 
 def _background(ground: NDArray[np.float64]) -> Background:
@@ -133,7 +134,8 @@ def _share(
     """Return how much of each pixel ``(h, w)`` an object covers, 0 to 1."""
     direction = np.array(COLOURS[colour]) - ground
     along = np.einsum("c,chw->hw", direction, pixels - ground[:, None, None])
-    return np.clip(along / (direction @ direction), 0.0, 1.0)
+    share: NDArray[np.float64] = np.clip(along / (direction @ direction), 0.0, 1.0)
+    return share
 
 
 def _as_object(
@@ -142,19 +144,17 @@ def _as_object(
     """Tell shape, centre and size from the share of each pixel that is covered."""
     area = float(share.sum())
     rows, columns = share.sum(1), share.sum(0)
-    y = np.arange(len(rows)) - float(rows @ np.arange(len(rows))) / area
-    x = np.arange(len(columns)) - float(columns @ np.arange(len(columns))) / area
+    y, x = (np.arange(len(sums), dtype=np.float64) for sums in (rows, columns))
+    y, x = y - float(rows @ y) / area, x - float(columns @ x) / area
     shape = "ring" if ring else _shape_of(share, x, y)
     size = math.sqrt(area / _FILL[shape])
-    centre_x, centre_y = corner[0] - x[0] + 0.5, corner[1] - y[0] + 0.5
+    centre_x, centre_y = corner[0] - float(x[0]) + 0.5, corner[1] - float(y[0]) + 0.5
     if shape == "triangle":
         centre_y -= size / 6  # its centre of mass lies below the middle of its box
     return SceneObject(shape, colour, centre_x / side, centre_y / side, size / side)
 
 
-def _shape_of(
-    share: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]
-) -> Shape:
+def _shape_of(share: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]) -> Shape:
     """Tell a shape without a hole by two moments about its centre of mass.
 
     The skewness of the rows tells the triangle. The mean of r^4 cos(4 angle) over the mean of

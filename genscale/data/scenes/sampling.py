@@ -63,9 +63,8 @@ def scene_at(seed: int, index: int, tasks: Sequence[Task], max_objects: int) -> 
         objects = _place(rng, every)
         if task != "relation":
             break
-        found = components(objects[0], objects[1])
-        relation = max(found, key=lambda word: found[word])
-        if found[relation] > _CLEAR:
+        clear, relation = max((v, k) for k, v in components(objects[0], objects[1]).items())
+        if clear > _CLEAR:
             break
     groups = tuple(
         Group(count, None if task == "shape" else colour, shape)
