@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,6 +102,23 @@ class Case:
             atol,
             rtol,
         )
+
+
+def compare_in_words(words: str, name: str, got: Tensor, expected: Tensor) -> Comparison:
+    """Put a result beside its reference within a tolerance like ``1e-5 abs + 1e-5 rel (...)``.
+
+    Integers must be equal. A relative tolerance without an absolute one is meant of the tensor as
+    a whole: entries near zero of a gradient are sums that cancel.
+    """
+    if not expected.is_floating_point():
+        return Comparison(name, got, expected, 0.0, 0.0)
+    stated = {kind: float(number) for number, kind in re.findall(r"([\d.e+-]+) (abs|rel)", words)}
+    if not stated:
+        raise ValueError(f"The case's tolerance '{words}' names no number with abs or rel.")
+    atol, rtol = stated.get("abs", 0.0), stated.get("rel", 0.0)
+    if atol == 0:
+        atol = rtol * expected.abs().max().item()
+    return Comparison(name, got.detach(), expected, atol, rtol)
 
 
 def find_cases(root: Path, systems: list[str] | None = None) -> Iterator[Case]:

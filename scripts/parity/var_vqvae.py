@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from genscale.autoencoders.msvq import MSVQ
 from genscale.io.converters.msvq import config_from_official, from_official, to_official
-from scripts.parity import Case, Comparison
+from scripts.parity import Case, Comparison, compare_in_words
 
 
 def run(case: Case) -> list[Comparison]:
@@ -72,22 +71,9 @@ def _outputs(model: MSVQ, images: Tensor, *, with_training: bool) -> dict[str, T
 
 def _compare(case: Case, name: str, got: Tensor, expected: Tensor) -> Comparison:
     """Compare tokens exactly, numbers and gradients within what the case says in words."""
-    if not expected.is_floating_point():
-        return Comparison(name, got, expected, 0.0, 0.0)
     stated: Mapping[str, str] = case.info["tolerance"]
-    atol, rtol = _tolerance(stated["grad" if name.startswith("grad ") else "float"])
-    if name.startswith("grad ") and atol == 0:
-        # relative to the gradient as a whole: entries near zero are sums that cancel
-        atol = rtol * expected.abs().max().item()
-    return Comparison(name, got.detach(), expected, atol, rtol)
-
-
-def _tolerance(words: str) -> tuple[float, float]:
-    """Read ``1e-5 abs + 1e-5 rel (...)`` as (atol, rtol); a number that is not there is 0."""
-    found = {kind: float(number) for number, kind in re.findall(r"([\d.e+-]+) (abs|rel)", words)}
-    if not found:
-        raise ValueError(f"The case's tolerance '{words}' names no number with abs or rel.")
-    return found.get("abs", 0.0), found.get("rel", 0.0)
+    words = stated["grad" if name.startswith("grad ") else "float"]
+    return compare_in_words(words, name, got, expected)
 
 
 def _from_recipe(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
