@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     SUBSET = 12  # metrics: random subsets
     SMOOTH = 14  # the Gumbel noise of smooth sampling
     NETWORK = 13  # a step's seed of torch's own generator (drop-out inside a network)
+    CODEBOOK = 20  # training: where codes start, and what dead ones become
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

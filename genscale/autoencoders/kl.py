@@ -28,12 +28,11 @@ class KL(Variational):
         downsample: pixels a latent cell covers along one side.
         scale: latents = (z - shift) * scale.
         shift: see ``scale``.
+        image_channels: channels of the pictures.
 
     Raises:
         ConfigError: ``scale`` is not positive, or a subfolder is given without its source.
     """
-
-    image_channels = 3
 
     def __init__(
         self,
@@ -46,6 +45,7 @@ class KL(Variational):
         downsample: int = 8,
         scale: float = 0.18215,
         shift: float = 0.0,
+        image_channels: int = 3,
     ) -> None:
         super().__init__()
         if not scale > 0:
@@ -53,6 +53,7 @@ class KL(Variational):
                 f"autoencoder.scale must be positive, but {scale} was given. Give e.g. 0.18215."
             )
         self.latent_channels = latent_channels
+        self.image_channels = image_channels
         self.downsample = downsample
         self.scale = scale
         self.shift = shift
@@ -65,14 +66,14 @@ class KL(Variational):
         """Encode images to moments; see :meth:`Variational.moments`.
 
         Raises:
-            ConfigError: no source, pictures that are not RGB, or sizes that do not divide.
+            ConfigError: no source, pictures of other channels, or sizes that do not divide.
             CheckpointError: the weights cannot be loaded.
         """
         channels, height, width = images.shape[1:]
         if channels != self.image_channels:
             raise ConfigError(
-                f"autoencoder={type(self).__name__} encodes RGB pictures, but these have "
-                f"{channels} channel(s). Give data.channels=3."
+                f"autoencoder={type(self).__name__} encodes pictures of {self.image_channels} "
+                f"channel(s), but these have {channels}. Give data.channels={self.image_channels}."
             )
         if height % self.downsample or width % self.downsample:
             raise ConfigError(

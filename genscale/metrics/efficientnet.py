@@ -40,6 +40,7 @@ class EfficientNetLite0(FeatureNetwork):
 
     tap = "pool"
     taps = {"pool": 1280, "logits": 1000}
+    gives_maps = True
     mean: Tensor
     std: Tensor
 
@@ -125,3 +126,20 @@ class EfficientNetLite0(FeatureNetwork):
         with torch.autocast(images.device.type, enabled=False):
             pooled = self.network.extract_features((values - self.mean) / self.std).mean(dim=(2, 3))
             return {"pool": pooled, "logits": self.network._fc(pooled)}
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return the maps before each halving of the resolution, and the last one of the blocks."""
+        self.prepare()
+        size = (self.input_size, self.input_size)
+        values = images.float().expand(-1, 3, -1, -1)
+        values = F.interpolate(values, size, mode="bilinear", align_corners=False, antialias=True)
+        network, found = self.network, []
+        with torch.autocast(images.device.type, enabled=False):
+            x = (values - self.mean) / self.std
+            x = network._swish(network._bn0(network._conv_stem(x)))
+            for block in network._blocks:
+                y = block(x)
+                if y.shape[2] < x.shape[2]:
+                    found.append(x)
+                x = y
+        return [*found, x]

@@ -24,6 +24,7 @@ class FeatureNetwork(nn.Module, ABC):
         tap: the features that distances and neighbours use.
         resize: what happens to the size of a picture first, as protocols call it.
         learns_from_labels: the network has to be fitted to a labelled training split.
+        gives_maps: :meth:`maps` can be asked, for losses.
     """
 
     name: str
@@ -31,6 +32,7 @@ class FeatureNetwork(nn.Module, ABC):
     tap: str
     resize: str
     learns_from_labels: bool = False
+    gives_maps: bool = False
 
     @property
     def num_features(self) -> int:
@@ -70,6 +72,17 @@ class FeatureNetwork(nn.Module, ABC):
         A row depends on its own picture alone (up to rounding of about 1e-6 where convolution
         algorithms change with the batch size).
         """
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return feature maps ``(B, C, h, w)``, shallow first, with gradients to the pictures.
+
+        Args:
+            images: float ``(B, 1 or 3, H, W)`` in about [0, 1]; nothing is rounded.
+
+        Raises:
+            NotImplementedError: the network has none; see :attr:`gives_maps`.
+        """
+        raise NotImplementedError(f"The feature network '{self.name}' gives no maps.")
 
 
 @torch.no_grad()
