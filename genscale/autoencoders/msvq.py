@@ -42,7 +42,8 @@ class MSVQ(ScaleTokenizer, ModelMixin, ConfigMixin):
         middle_attention: attention between the halves.
         norm_groups: groups of the norms; divides every width.
         dropout: share of activations dropped in the residual blocks.
-        num_phis: phi layers that the scales share; None gives every scale its own.
+        num_phis: phi layers that the scales share; None gives every scale its own. With few scales
+            a layer may be nearest to none of them, and then it learns nothing.
         phi_weight: share of the convolution in a phi layer; 0 builds none.
         cosine: match codes by their angle in place of their distance.
         latent_kernel: size of the convolutions before and after quantising; odd.
