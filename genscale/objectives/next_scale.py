@@ -13,6 +13,7 @@ from genscale.backbones.base import Backbone, ScaleBackbone
 from genscale.errors import ConfigError
 from genscale.layers.scales import scale_spans
 from genscale.objectives.base import Batch, Family, LossOutput, Objective
+from genscale.objectives.progressive import ProgressiveScales
 from genscale.objectives.scale_view import ScaleView
 from genscale.rng import StepRandom
 
@@ -25,11 +26,13 @@ class NextScale(Objective):
 
     Args:
         label_smoothing: share of the target spread over all codes, in [0, 1).
+        progressive: which scales are trained when; None for all, always.
     """
 
     family: ClassVar[Family] = "scale_wise"
 
     label_smoothing: float = 0.0
+    progressive: ProgressiveScales | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:
@@ -48,15 +51,24 @@ class NextScale(Objective):
         """
         assert isinstance(backbone, ScaleBackbone)
         assert batch.features is not None
-        tokens = batch.clean
-        logits = backbone(batch.features, batch.cond).logits
+        spans = scale_spans(backbone.scales)
+        count, newest = len(spans), 1.0
+        if self.progressive is not None:
+            count, newest = self.progressive.stage(batch.samples_seen, count)
+        start, end = spans[count - 1]
+        tokens = batch.clean[:, :end]
+        logits = backbone(batch.features[:, :end], batch.cond, range(count)).logits
         errors = F.cross_entropy(
             logits.flatten(0, 1),
             tokens.flatten(),
             label_smoothing=self.label_smoothing,
             reduction="none",
         ).view_as(tokens)
-        per_sample = errors.mean(dim=1)
+        weighted = errors
+        if newest < 1.0:
+            weighted = torch.cat((errors[:, :start], newest * errors[:, start:]), dim=1)
+        # over all L tokens also where fewer are trained: a scale keeps its weight
+        per_sample = weighted.sum(dim=1) / batch.clean.shape[1]
         with torch.no_grad():
             terms = scale_terms(errors.detach(), logits.argmax(dim=-1) == tokens, backbone)
         time = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)

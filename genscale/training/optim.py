@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class AdamW:
         betas: decay rates of the first and second moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay a step, multiplied by the learning rate.
+        final_weight_decay: that of the last step, where it differs: in between it follows half a
+            cosine, as in VAR's recipe. None keeps it constant.
         decay_all: decay also what the model names, as LaMamba's official program does.
     """
 
@@ -31,6 +34,7 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    final_weight_decay: float | None = None
     decay_all: bool = False
 
     def __post_init__(self) -> None:
@@ -54,10 +58,12 @@ class AdamW:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 (plain if name in exempt else decayed).append(parameter)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": decayed, "weight_decay": self.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
+        if self.final_weight_decay is not None:  # the schedule reads it
+            groups[0]["weight_decay_range"] = (self.weight_decay, self.final_weight_decay)
         # fused also lets a non-finite step be skipped on the device, without a host sync
         return torch.optim.AdamW(
             [group for group in groups if group["params"]],
