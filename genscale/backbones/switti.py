@@ -48,7 +48,6 @@ from genscale.layers.scale_cache import cache_dtype, claim, empty_cache, write
 from genscale.layers.scale_rope import scale_rotation
 
 CROP_BASE = 512  # the short side to which pictures were resized before they were cropped
-TEXT_TOKENS = 77  # of a CLIP prompt; the number of operations is counted with so many
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -229,7 +228,8 @@ class Switti(ScaleTransformer):
         vocab_size: codes V.
         text_size: width of the text's tokens; 2048 = 768 + 1280 are those of the published text
             encoders, joined.
-        pooled_size: width of the pooled text.
+        num_text_tokens: number of the text's tokens, where no text is given.
+        pooled_text_size: width of the pooled text.
         hidden_size: width D.
         depth: blocks.
         num_heads: attention heads.
@@ -260,7 +260,8 @@ class Switti(ScaleTransformer):
         latent_channels: int = 32,
         vocab_size: int = 4096,
         text_size: int = 2048,
-        pooled_size: int = 1280,
+        num_text_tokens: int = 77,
+        pooled_text_size: int = 1280,
         hidden_size: int = 1920,
         depth: int = 30,
         num_heads: int = 30,
@@ -281,7 +282,7 @@ class Switti(ScaleTransformer):
         _check_widths(self.config)
         self.hidden_size, self.num_heads, self.use_ar = hidden_size, num_heads, use_ar
         self.gradient_checkpointing = checkpoint_blocks  # diffusers' name for the switch
-        self.pooled = nn.Linear(pooled_size, hidden_size)
+        self.pooled = nn.Linear(pooled_text_size, hidden_size)
         self.embed = ScaleEmbedding(self.scales, latent_channels, hidden_size, positions=not rope)
         self.crop_frequencies: Tensor | None
         frequencies = torch.empty(hidden_size // 8) if crop_condition else None
@@ -368,8 +369,8 @@ class Switti(ScaleTransformer):
         """Return ``(B, D)`` of the pooled text."""
         pooled = cond.pooled_text
         if pooled is None and cond.text is None:
-            pooled = torch.zeros(batch, self.config["pooled_size"], device=device)
-        pooled = self._checked("pooled_text", pooled, (batch, self.config["pooled_size"]))
+            pooled = torch.zeros(batch, self.config["pooled_text_size"], device=device)
+        pooled = self._checked("pooled_text", pooled, (batch, self.config["pooled_text_size"]))
         with no_autocast(device):
             weight, bias = upcast(self.pooled.weight), upcast(self.pooled.bias)
             return F.linear(pooled.to(weight), weight, bias)
@@ -405,8 +406,8 @@ class Switti(ScaleTransformer):
         dtype, batch, width = self.embed.word.weight.dtype, len(start), self.config["text_size"]
         text, mask = cond.text, cond.text_mask
         if text is None and cond.pooled_text is None:  # no text: nothing to attend to
-            text = start.new_zeros(batch, 1, width)
-            mask = torch.zeros(batch, 1, dtype=torch.bool, device=start.device)
+            text = start.new_zeros(batch, self.config["num_text_tokens"], width)
+            mask = text.new_zeros(text.shape[:2], dtype=torch.bool)
         text = self._checked("text", text, (batch, None, width)).to(start.device, dtype)
         crop = None
         if self.crop is not None:
@@ -429,7 +430,7 @@ class Switti(ScaleTransformer):
             raise ValueError(
                 f"Switti takes cond.{name} of shape ({wanted}), but it {given}. Use the text "
                 "encoder the model was trained with, whose widths are model.text_size and "
-                "model.pooled_size."
+                "model.pooled_text_size."
             )
         return value
 
@@ -455,10 +456,11 @@ class Switti(ScaleTransformer):
 
     def example_condition(self, device: torch.device | str) -> Conditioning:
         """Return a text of one sample."""
+        shape = (1, self.config["num_text_tokens"])
         return Conditioning(
-            text=torch.zeros(1, TEXT_TOKENS, self.config["text_size"], device=device),
-            text_mask=torch.ones(1, TEXT_TOKENS, dtype=torch.bool, device=device),
-            pooled_text=torch.zeros(1, self.config["pooled_size"], device=device),
+            text=torch.zeros(*shape, self.config["text_size"], device=device),
+            text_mask=torch.ones(shape, dtype=torch.bool, device=device),
+            pooled_text=torch.zeros(1, self.config["pooled_text_size"], device=device),
         )
 
 
@@ -482,7 +484,15 @@ def crop_numbers(size: Tensor, *, single: bool = False) -> Tensor:
 
 def _check_widths(config: Any) -> None:
     """Check the sizes against each other."""
-    positive = ("latent_channels", "vocab_size", "text_size", "pooled_size", "hidden_size", "depth")
+    positive = (
+        "latent_channels",
+        "vocab_size",
+        "text_size",
+        "num_text_tokens",
+        "pooled_text_size",
+        "hidden_size",
+        "depth",
+    )
     check_positive({**config, "num_classes": 0}, *positive)
     hidden_size, num_heads = config["hidden_size"], config["num_heads"]
     check_heads(hidden_size, num_heads)

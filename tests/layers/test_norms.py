@@ -13,6 +13,7 @@ from genscale.layers.norm import (
     RMSNorm,
     TimeDependentLayerNorm,
     TimeDependentRMSNorm,
+    WeightedRMSNorm,
     rms_norm,
 )
 
@@ -26,6 +27,18 @@ def test_rms_norm_adds_eps_outside_the_root() -> None:
     # |x| / sqrt(2) = 5 / sqrt(2) = 3.53553; with eps 1 the divisor is 4.53553
     expected = torch.tensor([[[3.0, 4.0]]]) / 4.53553
     torch.testing.assert_close(rms_norm(x, torch.ones(2), eps=1.0), expected)
+
+
+def test_weighted_rms_norm_adds_eps_under_the_root_and_weighs_after_the_cast() -> None:
+    norm = WeightedRMSNorm(2, eps=12.0)
+    norm.weight.data = torch.tensor([1.0, 1 + 2.0**-10])
+    # sqrt((9 + 16) / 2 + 12) = sqrt(24.5)
+    expected = torch.tensor([[3.0, 4.0]]) / 24.5**0.5
+    torch.testing.assert_close(norm(torch.tensor([[3.0, 4.0]])), expected * norm.weight)
+    # rounding to half precision comes first: the weight, which half precision lacks, stays
+    half = norm(torch.tensor([[3.0, 4.0]], dtype=torch.bfloat16))
+    assert torch.equal(half, expected.bfloat16() * norm.weight)
+    assert half.dtype == torch.float32
 
 
 def test_rms_norm_of_zeros_is_zero_with_finite_gradient() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from genscale.layers.embed import LearnedPositions
-from genscale.layers.mlp import GEGLU
+from genscale.layers.mlp import GEGLU, SwiGLU
 
 
 def ramp(height: int, width: int) -> LearnedPositions:
@@ -47,3 +47,11 @@ def test_geglu_is_the_gated_product_of_its_stacked_halves() -> None:
     (w0, w1), (b0, b1) = layer.gate_up.weight.chunk(2), layer.gate_up.bias.chunk(2)
     expected = layer.down(F.gelu(x @ w0.t() + b0) * (x @ w1.t() + b1))
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_swiglu_is_the_gated_product_of_its_stacked_halves_without_biases() -> None:
+    layer, x = SwiGLU(3, 5), torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    assert [name for name, _ in layer.named_parameters()] == ["gate_up.weight", "down.weight"]
+    w0, w1 = layer.gate_up.weight.chunk(2)
+    gate = x @ w0.t()
+    torch.testing.assert_close(layer(x), layer.down(gate * torch.sigmoid(gate) * (x @ w1.t())))

@@ -116,7 +116,7 @@ def config_from_official(config: Mapping[str, Any], *, parity: bool = False) -> 
         "latent_channels": config.get("Cvae", 32),
         "vocab_size": config.get("V", 4096),
         "text_size": config.get("context_dim", 2048),
-        "pooled_size": config.get("pooled_embed_size", 1280),
+        "pooled_text_size": config.get("pooled_embed_size", 1280),
         "hidden_size": config.get("embed_dim", 64 * depth),
         "depth": depth,
         "num_heads": config.get("num_heads", depth),
@@ -140,7 +140,7 @@ def config_to_official(config: Mapping[str, Any]) -> dict[str, Any]:
     depth, scales = config["depth"], list(config["scales"])
     side = next((16 * side for side, known in PUBLISHED_SCALES.items() if known == scales), None)
     plain = {"hidden_size": 64 * depth, "num_heads": depth, "latent_channels": 32}
-    plain |= {"vocab_size": 4096, "text_size": 2048, "pooled_size": 1280, "mlp_ratio": 4.0}
+    plain |= {"vocab_size": 4096, "text_size": 2048, "pooled_text_size": 1280, "mlp_ratio": 4.0}
     other = [name for name, value in plain.items() if config[name] != value]
     if side is None or other:
         raise ConfigError(
@@ -194,7 +194,7 @@ def config_from_state_dict(
         "latent_channels": channels,
         "vocab_size": len(state["head.weight"]),
         "text_size": state["blocks.0.cross_attn.to_kv.weight"].shape[1],
-        "pooled_size": state["text_pooler.weight"].shape[1],
+        "pooled_text_size": state["text_pooler.weight"].shape[1],
         "hidden_size": width,
         "depth": count_children(state, "blocks"),
         "num_heads": num_heads or max(1, width // 64),
