@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "samplers": ("guidance",),
     "io": ("backbones", "autoencoders"),  # converters know both sides of a checkpoint
     "autoencoders": ("layers",),
-    "metrics": ("layers", "io"),
+    "metrics": ("layers", "io", "data"),  # the oracle of scenes
     "upscaling": ("layers",),
     "resolution": ("backbones",),
     "data": ("io", "assembly"),  # latents build the data they were made of
@@ -41,8 +41,9 @@ MAY_IMPORT = {
     "run_weights": ("io", "runs"),
     "weak_models": ("guidance", "run_weights"),
     "text_cache": ("io",),
+    "prompts": ("guidance",),
     "pipeline": (
-        *("weak_models", "run_weights", "text_cache"),
+        *("weak_models", "run_weights", "text_cache", "prompts"),
         *("search", "samplers", "autoencoders", "data", "io", "resolution", "upscaling"),
         *("metrics", "assembly", "runs", "dist"),
     ),

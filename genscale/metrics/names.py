@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from genscale.errors import ConfigError, did_you_mean
 from genscale.metrics.comparison import MEASURES
 from genscale.metrics.label_metrics import LABEL_MEASURES
+from genscale.metrics.scene_agreement import SCENE_MEASURES
 
 # Names that published tables use for measures of the FID Inception network.
 INCEPTION_NAMES = {
@@ -19,6 +20,8 @@ INCEPTION_NAMES = {
 # The network behind a bare copy_rate: pictures as they are.
 EVERY_PIXEL = "every_pixel"
 _PIXEL_MEASURES = ("copy_rate", "novelty_ratio")
+# in place of a network's name: measures that read the labels, or the captions, of samples
+OF_LABELS, OF_CAPTIONS = "", "captions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +31,26 @@ class PlannedMetric:
     Attributes:
         name: as the user wrote it.
         measure: what is computed.
-        network: name of the feature network; empty for measures of labels.
+        network: name of the feature network; :data:`OF_LABELS` or :data:`OF_CAPTIONS` for measures
+            that need none.
     """
 
     name: str
     measure: str
     network: str
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether samples are compared with real pictures."""
+        if self.network in (OF_LABELS, OF_CAPTIONS):
+            return self.network == OF_LABELS
+        return bool(MEASURES[self.measure].reference)
+
+    def lacking(self, values: dict[str, float]) -> str:
+        """Return why it is not among the ``values`` of its labels or captions, as a reason."""
+        if self.network != OF_CAPTIONS:
+            return "the samples have no labels"
+        return "no caption asks for it" if values else "the samples have no captions"
 
 
 def plan_metrics(names: Sequence[str], networks: Sequence[str]) -> list[PlannedMetric]:
@@ -55,7 +72,9 @@ def plan_metrics(names: Sequence[str], networks: Sequence[str]) -> list[PlannedM
 
 def _meaning(name: str, networks: Sequence[str]) -> tuple[str, str]:
     if name in LABEL_MEASURES:
-        return name, ""
+        return name, OF_LABELS
+    if name in SCENE_MEASURES:
+        return name, OF_CAPTIONS
     if name in INCEPTION_NAMES:
         if "inception" not in networks:
             raise ConfigError(
@@ -77,9 +96,10 @@ def _meaning(name: str, networks: Sequence[str]) -> tuple[str, str]:
         if measure != name and measure in MEASURES:
             return measure, network
     own = [f"{measure}_{network}" for measure in MEASURES for network in networks]
-    known = list(dict.fromkeys([*MEASURES, *INCEPTION_NAMES, *LABEL_MEASURES, *own]))
+    special = [*INCEPTION_NAMES, *LABEL_MEASURES, *SCENE_MEASURES]
+    known = list(dict.fromkeys([*MEASURES, *special, *own]))
     raise ConfigError(
         f"'{name}' is no metric. A metric is a measure ({', '.join(MEASURES)}), alone or with the "
         f"name of a network ({', '.join(networks) or 'none given'}), or one of "
-        f"{', '.join([*INCEPTION_NAMES, *LABEL_MEASURES])}.{did_you_mean(name, known)}"
+        f"{', '.join(special)}.{did_you_mean(name, known)}"
     )

@@ -17,7 +17,7 @@ from genscale.metrics.comparison import MEASURES, MeasureSettings, settings_of
 from genscale.metrics.feature_metrics import FeatureMetrics
 from genscale.metrics.features import FeatureNetwork, Watch, check_images
 from genscale.metrics.label_metrics import LabelMetrics
-from genscale.metrics.names import EVERY_PIXEL, PlannedMetric, plan_metrics
+from genscale.metrics.names import EVERY_PIXEL, OF_CAPTIONS, OF_LABELS, PlannedMetric, plan_metrics
 from genscale.metrics.network_reference import (
     SPATIAL,
     reference_from_file,
@@ -27,8 +27,7 @@ from genscale.metrics.pixels import Pixels
 from genscale.metrics.protocol import EvalProtocol, MetricValue
 from genscale.metrics.reference import read_reference
 from genscale.metrics.reference_cache import cache_folder
-
-_LABELS = ""  # the holder of measures of labels, in place of a network's name
+from genscale.metrics.scene_agreement import SceneAgreement
 
 
 class EvaluationSuite:
@@ -37,7 +36,7 @@ class EvaluationSuite:
     A metric is named ``<measure>`` or ``<measure>_<network>``, for example ``fd_probe`` or
     ``precision``; without a network the first of ``features`` is meant, and every single pixel for
     ``copy_rate`` and ``novelty_ratio``. ``fid``, ``sfid``, ``mifid`` and ``inception_score`` always
-    mean the FID Inception network. Measures of labels need no network.
+    mean the FID Inception network. Measures of labels and of captions need no network.
 
     Samples are merged over processes by their ids; every process computes the same numbers. A
     metric that the reference or the samples do not allow (no labels, no held-out pictures) is left
@@ -115,14 +114,18 @@ class EvaluationSuite:
         )
         self._plan = plan_metrics(self.metrics, [network.name for network in features])
         self._reasons: dict[str, str] = {}  # metrics that the reference does not allow
-        self._holders: dict[str, FeatureMetrics | LabelMetrics] = {}
+        self._holders: dict[str, FeatureMetrics | LabelMetrics | SceneAgreement] = {}
         for network in (*features, Pixels(None, name=EVERY_PIXEL)):
             if measures := self._measures_of(network.name):
                 self._holders[network.name] = FeatureMetrics(
                     network, measures, settings=self._settings, keep_features=keep_features
                 )
-        if measures := self._measures_of(_LABELS):
-            self._holders[_LABELS] = LabelMetrics(measures, max_images=max_judge_images, seed=seed)
+        if measures := self._measures_of(OF_LABELS):
+            self._holders[OF_LABELS] = LabelMetrics(
+                measures, max_images=max_judge_images, seed=seed
+            )
+        if measures := self._measures_of(OF_CAPTIONS):
+            self._holders[OF_CAPTIONS] = SceneAgreement(measures)
         self._warned: set[str] = set()
         self._reference_facts: dict[str, Any] | None = None
         self._device = torch.device("cpu")
@@ -292,16 +295,16 @@ class EvaluationSuite:
         heldout_images: Tensor | None,
         heldout_labels: Tensor | None,
     ) -> None:
-        holder = self._holders.get(_LABELS)
+        holder = self._holders.get(OF_LABELS)
         if not isinstance(holder, LabelMetrics):
             return
         if images is None or labels is None:
-            self._rule_out(_LABELS, "the reference has no labels")
+            self._rule_out(OF_LABELS, "the reference has no labels")
             return
         holder.fit_judge(images, labels, heldout_images, heldout_labels)
         if heldout_images is None or heldout_labels is None:
             reason = "the reference has no held-out pictures with labels"
-            self._rule_out(_LABELS, reason, but="label_agreement")
+            self._rule_out(OF_LABELS, reason, but="label_agreement")
 
     def _rule_out(self, network: str, reason: str, *, but: str = "") -> None:
         for planned in self._plan:
@@ -332,7 +335,11 @@ class EvaluationSuite:
     # samples --------------------------------------------------------------------------------
 
     def update(
-        self, images: Tensor, labels: Tensor | None = None, sample_ids: Tensor | None = None
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        sample_ids: Tensor | None = None,
+        captions: Sequence[str] | None = None,
     ) -> None:
         """Look at samples.
 
@@ -340,8 +347,10 @@ class EvaluationSuite:
             images: uint8 ``(B, C, H, W)``, on any device.
             labels: ``(B,)`` int64 that the samples were generated for, or None.
             sample_ids: ``(B,)`` int64 global numbers; on one process they may be left out.
+            captions: B captions that the samples were generated for, or None.
 
         Raises:
+            ConfigError: if a metric cannot read a caption.
             DataError: if the pictures are not 8-bit, or there is no reference.
         """
         check_images(images)
@@ -352,6 +361,8 @@ class EvaluationSuite:
                 continue
             if isinstance(holder, FeatureMetrics):
                 holder.update(images.to(self._device), sample_ids)
+            elif isinstance(holder, SceneAgreement):
+                holder.update(images, captions, sample_ids)
             else:
                 holder.update(images, labels, sample_ids)
         spent = time.perf_counter() - started
@@ -364,7 +375,7 @@ class EvaluationSuite:
             self.read_reference(self.reference)
             return
         for planned in self._plan:
-            if planned.network == _LABELS or MEASURES[planned.measure].reference:
+            if planned.has_reference:
                 raise DataError(
                     f"metric '{planned.name}' compares samples with real pictures, but no "
                     "reference was given. Call fit_reference, or set metrics.reference to a file."
@@ -395,7 +406,7 @@ class EvaluationSuite:
             if planned.name in self.skipped:
                 continue
             if planned.measure not in values[planned.network]:
-                self.skipped[planned.name] = "the samples have no labels"
+                self.skipped[planned.name] = planned.lacking(values[planned.network])
                 continue
             holder = self._holders[planned.network]
             made_under = self._protocol_of(planned, holder, protocol or EvalProtocol())
@@ -405,6 +416,12 @@ class EvaluationSuite:
             value = values[planned.network][planned.measure]
             results.append(MetricValue(planned.name, value, made_under.digest, details, made_under))
         self._warn_skipped()
+        if self._plan and not results:
+            name, reason = next(iter(self.skipped.items()))
+            raise DataError(
+                f"No metric can be computed with these samples: not '{name}', because {reason}. "
+                "Take data that have them, or other metrics."
+            )
         return results
 
     def _warn_skipped(self) -> None:
@@ -427,7 +444,10 @@ class EvaluationSuite:
         )
 
     def _protocol_of(
-        self, planned: PlannedMetric, holder: FeatureMetrics | LabelMetrics, base: EvalProtocol
+        self,
+        planned: PlannedMetric,
+        holder: FeatureMetrics | LabelMetrics | SceneAgreement,
+        base: EvalProtocol,
     ) -> EvalProtocol:
         facts: dict[str, Any] = {"num_samples": holder.num_samples}
         if isinstance(holder, LabelMetrics):
@@ -436,6 +456,8 @@ class EvaluationSuite:
                 "resize": "none",
                 "settings": (("max_images", holder.max_images), ("seed", holder.seed)),
             }
+        elif isinstance(holder, SceneAgreement):
+            facts |= {"features": holder.description, "resize": "none"}
         else:
             facts |= {
                 "features": holder.network.description,
@@ -443,7 +465,7 @@ class EvaluationSuite:
                 "resize": holder.network.resize,
                 "settings": settings_of(planned.measure, self._settings),
             }
-        if planned.network == _LABELS or MEASURES[planned.measure].reference:
+        if planned.has_reference:
             facts |= self._reference_facts or {}
         return base.replace(**facts)
 

@@ -150,7 +150,10 @@ def parse_caption(caption: str) -> Requirement:
             return Requirement(groups, relation)
     head, found, last = text.rpartition(" and ")
     parts = [*head.split(", "), last] if found else [last]
-    return Requirement(tuple(_parse_group(part, caption) for part in parts))
+    requirement = Requirement(tuple(_parse_group(part, caption) for part in parts))
+    if requirement.count > MAX_OBJECTS:
+        raise _refused(caption, f"a scene has at most {MAX_OBJECTS} objects")
+    return requirement
 
 
 def _parse_group(text: str, caption: str) -> Group:
