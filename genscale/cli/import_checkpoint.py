@@ -135,6 +135,9 @@ def _write_autoencoder(cfg: DictConfig, model: Any) -> None:
             use="python train.py model=var autoencoder=var_vqvae autoencoder.run=<this folder>",
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
+    if "scales" not in cfg.settings:
+        scales = str(settings["scales"]).replace(" ", "")
+        print(f"scales={scales} is assumed: no shape tells them")
     print(f"{type(model).__name__} of {parameter_count(model):,} parameters: {target}")
     print(f"use:      autoencoder.run={target}")
 

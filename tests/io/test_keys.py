@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from genscale.autoencoders.msvq import MSVQ
 from genscale.backbones.dimr import DiMR
 from genscale.backbones.dit import DiT
 from genscale.backbones.lamamba import LaMamba
@@ -119,8 +120,9 @@ def test_settings_are_compared_as_far_as_the_file_tells() -> None:
 
 def test_every_converter_has_the_same_functions() -> None:
     found = families()
-    assert list(found) == ["dimr", "dit", "lamamba", "sit", "uvit"]
-    assert {module.BACKBONE for module in found.values()} == {DiMR, DiT, LaMamba, UViT}
+    assert set(found) >= {"dimr", "dit", "lamamba", "msvq", "sit", "uvit"}
+    assert list(found) == sorted(found)
+    assert {module.BACKBONE for module in found.values()} >= {DiMR, DiT, LaMamba, MSVQ, UViT}
     for module in found.values():
         for name in (
             *("config_from_official", "config_from_state_dict", "from_official", "to_official"),
