@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from scripts.parity import Case, Comparison, flow_sde
+from scripts.parity import Case, Comparison, flow_sde, geneval
 
 
 def run(case: Case) -> list[Comparison] | None:
     """Run a case, or return None."""
+    if case.name.startswith("geneval"):
+        return geneval.run(case)
     return flow_sde.run(case) if case.name.startswith("flow_sde") else None

@@ -21,7 +21,7 @@ from genscale.data.scenes.grammar import (
     Task,
     caption_of,
 )
-from genscale.data.scenes.relations import components
+from genscale.data.scenes.relations import directions_between
 
 MARGIN = 1 / 32  # from the edge of the canvas to a box, at least: one pixel at 32
 GAP = 2 / 32  # between two boxes, at least: two pixels at 32
@@ -63,7 +63,7 @@ def scene_at(seed: int, index: int, tasks: Sequence[Task], max_objects: int) -> 
         objects = _place(rng, every)
         if task != "relation":
             break
-        clear, relation = max((v, k) for k, v in components(objects[0], objects[1]).items())
+        clear, relation = max((v, k) for k, v in directions_between(objects[0], objects[1]).items())
         if clear > _CLEAR:
             break
     groups = tuple(
