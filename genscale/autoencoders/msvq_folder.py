@@ -52,6 +52,15 @@ def locate_tokenizer(run: str) -> Path:
     )
 
 
+def holds_tokenizer(run: str) -> bool:
+    """Return whether a folder holds a tokenizer where :func:`locate_tokenizer` looks."""
+    try:
+        locate_tokenizer(run)
+    except CheckpointError:
+        return False
+    return True
+
+
 def read_settings(run: str) -> dict[str, Any]:
     """Read what others must know of a tokenizer.
 

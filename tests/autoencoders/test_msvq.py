@@ -16,7 +16,7 @@ from genscale.autoencoders.base import ScaleTokenizer, weights_digest
 from genscale.autoencoders.diffusers_folder import WEIGHTS, Source, load_as
 from genscale.autoencoders.identity import Identity
 from genscale.autoencoders.msvq import MSVQ, TrainedMSVQ, load_msvq
-from genscale.autoencoders.msvq_folder import locate_tokenizer, read_settings
+from genscale.autoencoders.msvq_folder import holds_tokenizer, locate_tokenizer, read_settings
 from genscale.autoencoders.vq_layers import (
     Decoder,
     Downsample,
@@ -283,6 +283,8 @@ class TestTrainedMSVQ:
         settings = {"scales": [1, 2, 4], "vocab_size": 128, "latent_channels": 8}
         settings |= {"downsample": 4, "image_channels": 1}
         assert read_settings(str(tmp_path / "run")) == settings
+        assert holds_tokenizer(str(tmp_path / "run"))
+        assert not holds_tokenizer(str(tmp_path))
 
     def test_without_one_it_is_told_how_to_train_it(self) -> None:
         stated = TrainedMSVQ(scales=[1, 2], vocab_size=4, latent_channels=2, downsample=4)

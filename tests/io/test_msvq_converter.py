@@ -19,8 +19,10 @@ from genscale.io.converters.msvq import (
     from_official,
     to_official,
 )
+from genscale.io.files import write_json
 from genscale.io.keys import on_meta
-from genscale.io.layouts import as_words, untold_settings
+from genscale.io.layouts import as_words, untold_settings, write_diffusers
+from genscale.io.weights import below, read_checkpoint
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -214,7 +216,12 @@ def test_what_a_file_does_not_tell_is_named() -> None:
     assert words == "scales=[1,2,[2,4]] cosine=true"
 
 
-class TestImport:
+def test_diffusers_has_no_such_network(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is for DiT and SiT, but .* a MSVQ"):
+        write_diffusers(tiny(), tmp_path)
+
+
+class TestCommands:
     @pytest.fixture
     def file(self, tmp_path: Path) -> Path:
         model = tiny()
@@ -233,6 +240,31 @@ class TestImport:
         imported = load_msvq(str(out))
         assert torch.equal(imported.tokens(images), model.eval().tokens(images))
         assert "Converted from vae.pth, SHA-256 " in (out / "README.md").read_text()
+
+    def test_a_folder_goes_back_to_the_official_layout(self, file: Path, command: Any) -> None:
+        ours, back = file.parent / "ours", file.parent / "back"
+        assert main(["family=msvq", f"file={file}", f"out={ours}", "cosine=true"]) == 0
+        answer = command("export", f"run={ours}", "layout=official", f"out={back}")
+        assert answer.status == 0, answer.err
+        assert same(read_checkpoint(back / "model.pth"), read_checkpoint(file))
+        card = (back / "README.md").read_text()
+        assert "family=msvq file=model.safetensors cosine=true out=<new folder>" in card
+        refused = command("export", f"run={ours}", "weights=raw", f"out={file.parent / 'raw'}")
+        assert "holds one set of weights, but checkpoint=latest and weights=raw" in refused.err
+
+    def test_a_training_run_is_exported_by_its_average(self, tmp_path: Path, command: Any) -> None:
+        model, run = tiny(), tmp_path / "run"
+        settings = {name: value for name, value in model.config.items() if name[0] != "_"}
+        node = {"_target_": "genscale.autoencoders.msvq.MSVQ", **settings}
+        write_json(run / "config.yaml", {"model": node, "ema": {"decay": 0.99}})  # JSON is YAML
+        averaged = {f"ema.{name}": 2 * value for name, value in model.state_dict().items()}
+        (run / "checkpoints").mkdir()
+        torch.save({"state_dict": averaged}, run / "checkpoints" / "step-5.ckpt")
+        answer = command("export", f"run={run}")
+        assert answer.status == 0, answer.err
+        (folder,) = (run / "exports").iterdir()
+        assert same(dict(load_msvq(str(folder)).state_dict()), below(averaged, "ema."))
+        assert "Exported from " in (folder / "README.md").read_text()
 
     def test_scales_that_nothing_tells_are_said_to_be_a_guess(
         self, file: Path, capsys: pytest.CaptureFixture[str]
