@@ -142,7 +142,7 @@ def settings_from_state(
     factor = state.get("blocks.0.attn.scale_mul_1H11")
     heads = num_heads or max(1, width // 64)
     return {
-        "scales": list(scales) if scales is not None else _read_scales(state),
+        "scales": list(scales) if scales is not None else read_scales(state),
         "latent_channels": state["word_embed.weight"].shape[1],
         "vocab_size": vocab_size,
         "num_classes": len(state["class_emb.weight"]) - 1,
@@ -183,7 +183,7 @@ def load(
     advice = partial(settings_sentence, partial(read, state), settings, family=family)
     check_keys(state, shapes, owner=family, advice=advice, ignored=_DERIVED)
     check_shapes(state, shapes, owner=family, advice=advice)
-    _check_levels(state, model, family)
+    check_levels(state, model, family)
     return {name: state[names[name]].reshape(own[name].shape).clone() for name in own}
 
 
@@ -224,8 +224,7 @@ def derived(model: ScaleBackbone, like: Tensor, *, same_scale: bool = False) -> 
         like: of the type and device wanted.
         same_scale: mask all pairs of two scales, as M-VAR; else those that look ahead.
     """
-    config, spans = model.config, scale_spans(model.scales)
-    levels = torch.tensor([k for k, (start, end) in enumerate(spans) for _ in range(end - start)])
+    config, levels = model.config, token_levels(model)
     query, key = levels[:, None], levels[None]
     seen = query == key if same_scale else query >= key
     mask = torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
@@ -235,6 +234,13 @@ def derived(model: ScaleBackbone, like: Tensor, *, same_scale: bool = False) -> 
         "attn_bias_for_masking": mask[None, None].to(like),
         **{f"blocks.{i}.attn.zero_k_bias": zeros.clone() for i in range(config["depth"])},
     }
+
+
+def token_levels(model: ScaleBackbone) -> Tensor:
+    """Return the scale of every token: ``(L,)`` int64 on the CPU."""
+    spans = scale_spans(model.scales)
+    rows = [k for k, (start, end) in enumerate(spans) for _ in range(end - start)]
+    return torch.tensor(rows, device="cpu")
 
 
 def official_name(name: str, extra: Names = ()) -> str:
@@ -283,8 +289,10 @@ def _split_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _read_scales(state: Mapping[str, Tensor]) -> list[int]:
+def read_scales(state: Mapping[str, Tensor]) -> list[int]:
     """Return the sides of square scales.
+
+    A file that tells the number of scales alone is taken for the finest published list of so many.
 
     Raises:
         CheckpointError: the file does not tell them.
@@ -292,22 +300,24 @@ def _read_scales(state: Mapping[str, Tensor]) -> list[int]:
     sides, levels = state.get("blocks.0.attn.patch_nums"), state.get("lvl_1L")
     if sides is not None and not sides.is_meta:
         return [int(side) for side in sides.tolist()]
-    count, tokens = len(state["lvl_embed.weight"]), state["pos_1LC"].shape[1]
+    count = len(state["lvl_embed.weight"])
+    tokens = state["pos_1LC"].shape[1] if "pos_1LC" in state else None
     if levels is not None and not levels.is_meta:
         sizes = torch.bincount(levels.flatten().long(), minlength=count).tolist()
         roots = [math.isqrt(size) for size in sizes]
         if all(root * root == size for root, size in zip(roots, sizes, strict=True)):
             return roots
-    for known in _KNOWN_SCALES:
-        if len(known) == count and sum(side * side for side in known) == tokens:
+    for known in reversed(_KNOWN_SCALES):
+        if len(known) == count and tokens in (None, sum(side * side for side in known)):
             return list(known)
     raise CheckpointError(
-        f"The file has {count} scales of {tokens} tokens in all, and does not tell their sizes. "
-        "Give them, e.g. scales=[1,2,3,4]."
+        f"The file has {count} scales"
+        + (f" of {tokens} tokens in all" if tokens is not None else "")
+        + ", and does not tell their sizes. Give them, e.g. scales=[1,2,3,4]."
     )
 
 
-def _check_levels(state: Mapping[str, Tensor], model: ScaleBackbone, family: str) -> None:
+def check_levels(state: Mapping[str, Tensor], model: ScaleBackbone, family: str) -> None:
     """Refuse a file whose tokens are split over the scales in another way than the model's."""
     levels = state.get("lvl_1L")
     if levels is None or levels.is_meta:

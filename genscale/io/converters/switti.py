@@ -12,9 +12,7 @@ either whether a model is autoregressive, as the program that trains writes a ca
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from genscale.backbones.switti import Switti
 from genscale.errors import CheckpointError, ConfigError
+from genscale.io.converters import scale_wise
 from genscale.io.converters.msvq import PUBLISHED_SCALES
 from genscale.io.keys import (
     check_keys,
@@ -32,7 +31,6 @@ from genscale.io.keys import (
     settings_sentence,
     shapes_of,
 )
-from genscale.layers.scales import scale_spans
 
 BACKBONE = Switti
 
@@ -40,19 +38,13 @@ UNTOLD = ("use_ar",)
 """Settings that neither shapes nor a published default tell: config.json or the user does."""
 
 _SCALE_OF_TOKENS, _MASK = "lvl_1L", "attn_bias_for_masking"
-# (ours, official), whole names of modules and tensors; blocks are numbered alike
+# (ours, official) beyond what all scale-wise transformers have: whole names, and inside blocks
 _NAMES = (
-    ("pooled", "text_pooler"),
-    ("embed.word", "word_embed"),
-    ("embed.level", "lvl_embed"),
-    ("embed.start", "pos_start"),
-    ("embed.places", "pos_1LC"),
+    ("pooled.", "text_pooler."),
     ("crop_frequencies", "crop_embed.weight"),
-    ("crop", "crop_proj"),
-    ("head.modulation", "head_nm.ada_lin.1"),
-    ("head.out", "head"),
+    ("crop.", "crop_proj."),
 )
-_IN_BLOCKS = (
+_IN_BLOCKS: scale_wise.Names = (
     ("attention_norm_in", "self_attention_norm1"),
     ("attention_norm_out", "self_attention_norm2"),
     ("attention.qkv", "attn.to_qkv"),
@@ -65,7 +57,6 @@ _IN_BLOCKS = (
     ("cross_attention.out", "cross_attn.proj"),
     ("mlp_norm_in", "ffn_norm1"),
     ("mlp_norm_out", "ffn_norm2"),
-    ("modulation", "ada_lin.1"),
     ("crop_scale", "crop_cond_scales"),
 )
 _GATED = ("gate_proj", "up_proj")  # the halves of our gate_up
@@ -161,23 +152,28 @@ def config_to_official(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_from_state_dict(
-    state: Mapping[str, Tensor], *, num_heads: int | None = None, input_size: int | None = None
+    state: Mapping[str, Tensor],
+    *,
+    num_heads: int | None = None,
+    input_size: int | None = None,
+    scales: Sequence[int | Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Read Switti's settings off an official state dict, as far as tensors tell them.
 
     Args:
         state: official keys; tensors may be on the meta device.
         num_heads: attention heads, which no shape tells; default: of 64 channels, as published.
-        input_size: side of the last scale, which chooses among the published lists of scales
-            where ``lvl_1L`` is not there to tell them; default: the largest of as many scales.
+        input_size: not read; the scales tell the size.
+        scales: the scales, where ``lvl_1L`` is not there to tell them; default: the finest
+            published list of as many.
 
     Returns:
-        Keyword arguments of :class:`~genscale.backbones.switti.Switti`, without ``use_ar``, which
-        no tensor tells.
+        Keyword arguments of :class:`~genscale.backbones.switti.Switti`, without :data:`UNTOLD`.
 
     Raises:
         CheckpointError: the state dict is none of Switti, or its scales are not known.
     """
+    state = scale_wise.without_prefix(state)
     needed = ("word_embed.weight", "text_pooler.weight", "lvl_embed.weight", "head.weight",
               "blocks.0.cross_attn.to_kv.weight")  # fmt: skip
     missing = [name for name in needed if name not in state]
@@ -190,7 +186,7 @@ def config_from_state_dict(
     width, channels = state["word_embed.weight"].shape
     swiglu = "blocks.0.ffn.gate_proj.weight" in state
     found: dict[str, Any] = {
-        "scales": _scales(state, input_size),
+        "scales": list(scales) if scales is not None else scale_wise.read_scales(state),
         "latent_channels": channels,
         "vocab_size": len(state["head.weight"]),
         "text_size": state["blocks.0.cross_attn.to_kv.weight"].shape[1],
@@ -220,7 +216,7 @@ def from_official(state: Mapping[str, Tensor], model: Switti) -> dict[str, Tenso
     Raises:
         CheckpointError: keys are missing or left over, shapes differ, or the scales are others.
     """
-    own = model.state_dict()
+    state, own = scale_wise.without_prefix(state), model.state_dict()
     shapes = shapes_of(_to_official(own))
     no_weights = (_SCALE_OF_TOKENS, _MASK)
     given = {name: tensor for name, tensor in state.items() if name not in no_weights}
@@ -228,7 +224,7 @@ def from_official(state: Mapping[str, Tensor], model: Switti) -> dict[str, Tenso
     advice = partial(settings_sentence, read, model.config, family="Switti")
     check_keys(given, shapes, owner="Switti", advice=advice)
     check_shapes(given, shapes, owner="Switti", advice=advice)
-    _check_scales(state.get(_SCALE_OF_TOKENS), model)
+    scale_wise.check_levels(state, model, "Switti")
     result = {}
     gated = model.config["mlp"] == "swiglu"
     for name, tensor in own.items():
@@ -256,7 +252,7 @@ def to_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[
     model: Switti = on_meta(Switti, config)
     check_keys(state, model.state_dict(), owner="Switti", advice=_OWN)
     official = _to_official(state)
-    return {**official, _SCALE_OF_TOKENS: _scale_of_tokens(model)}
+    return {**official, _SCALE_OF_TOKENS: scale_wise.token_levels(model)[None]}
 
 
 def _to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -279,21 +275,13 @@ def _official_names(name: str, *, gated: bool) -> list[str]:
         gated: whether feed-forward layers are gated.
     """
     for ours, official in _NAMES:
-        if name == ours or name.startswith(ours + "."):
+        if name.startswith(ours):
             return [official + name[len(ours) :]]
-    block = re.fullmatch(r"(blocks\.\d+\.)(.+)", name)
-    if block is None:
-        return [name]
-    prefix, part = block.groups()
-    for ours, official in _IN_BLOCKS:
-        if part == ours or part.startswith(ours + "."):
-            return [prefix + official + part[len(ours) :]]
-    leaf = part.rpartition(".")[2]
-    if part.startswith("mlp.gate_up."):
-        return [f"{prefix}ffn.{half}.{leaf}" for half in _GATED]
-    if gated:
-        return [f"{prefix}ffn.down_proj.{leaf}"]
-    return [prefix + "ffn." + part.removeprefix("mlp.").replace("up", "fc1").replace("down", "fc2")]
+    if ".mlp.gate_up." in name:
+        return [name.replace("mlp.gate_up", f"ffn.{half}") for half in _GATED]
+    if gated and ".mlp.down." in name:
+        return [name.replace("mlp.down", "ffn.down_proj")]
+    return [scale_wise.official_name(name, _IN_BLOCKS)]
 
 
 def _of_side(config: Mapping[str, Any]) -> list[int]:
@@ -305,44 +293,3 @@ def _of_side(config: Mapping[str, Any]) -> list[int]:
             f"is {side}. Give patch_nums, the sides of the scales, for other ones."
         )
     return PUBLISHED_SCALES[side // 16]
-
-
-def _scales(state: Mapping[str, Tensor], input_size: int | None) -> list[int]:
-    """Return the sides of the scales that a state dict is for."""
-    count, table = len(state["lvl_embed.weight"]), state.get(_SCALE_OF_TOKENS)
-    if table is not None and not table.is_meta:
-        sizes = table.flatten().bincount(minlength=count).tolist()
-        if all(math.isqrt(size) ** 2 == size for size in sizes):
-            return [math.isqrt(size) for size in sizes]
-    fitting = [
-        scales
-        for side, scales in PUBLISHED_SCALES.items()
-        if len(scales) == count and input_size in (None, side)
-    ]
-    if not fitting:
-        raise CheckpointError(
-            f"The file is of {count} scales"
-            + (f" up to a side of {input_size}" if input_size else "")
-            + f", whose sides it does not tell; published are {list(PUBLISHED_SCALES.values())}. "
-            "Give scales=[...]."
-        )
-    return fitting[-1]
-
-
-def _scale_of_tokens(model: Switti) -> Tensor:
-    """Return ``lvl_1L``: the scale of every token, ``(1, L)`` int64."""
-    spans = scale_spans(model.scales)
-    levels = [torch.full((end - begin,), k, device="cpu") for k, (begin, end) in enumerate(spans)]
-    return torch.cat(levels)[None]
-
-
-def _check_scales(given: Tensor | None, model: Switti) -> None:
-    if given is None or given.is_meta:
-        return
-    expected = _scale_of_tokens(model)
-    if given.shape != expected.shape or not torch.equal(given.cpu(), expected):
-        sizes = given.flatten().bincount().tolist()
-        raise CheckpointError(
-            f"The file is of scales of {sizes} tokens, the config says {list(model.scales)}. "
-            "Build the model with the scales of the file."
-        )
