@@ -39,6 +39,18 @@ def fit_reference(suite: EvaluationSuite, datamodule: ImageDataModule) -> None:
     )
 
 
+def captions_of(datamodule: ImageDataModule, count: int) -> list[str] | None:
+    """Return the first ``count`` held-out captions, or as many as there are; None without any.
+
+    Where nothing is held out, they are the training pictures' own.
+    """
+    part = datamodule.heldout or datamodule.train
+    captions = part.captions
+    if captions is None:
+        return None
+    return [captions[i] for i in range(min(count, len(captions)))]
+
+
 def class_law(labels: LabelLaw, num_classes: int) -> str:
     """Name a label law as protocols do."""
     if num_classes == 0:
@@ -55,15 +67,25 @@ def describe(
     num_samples: int,
     nfe: float,
     weights: str,
+    texts: str = "heldout_captions",
 ) -> EvalProtocol:
-    """Return the protocol of samples a pipeline makes; the suite fills in its own fields."""
+    """Return the protocol of samples a pipeline makes; the suite fills in its own fields.
+
+    Args:
+        pipeline: what makes them.
+        labels: law of their classes.
+        num_samples: their number.
+        nfe: network evaluations of one.
+        weights: name of the weights.
+        texts: where prompts came from, for a model that reads text.
+    """
     sampler, guidance = pipeline.sampler, pipeline.ready(pipeline.guidance)
     scale = getattr(guidance, "scale", None)
     interval = getattr(guidance, "interval", None)
     guided = scale is not None and scale != 1.0
     return EvalProtocol(
         num_samples=num_samples,
-        class_law=class_law(labels, pipeline.num_classes),
+        class_law=class_law(labels, pipeline.num_classes) if pipeline.text is None else texts,
         sampler=sampler.label + _cached(pipeline),
         steps=sampler.num_steps,
         nfe=nfe,
@@ -120,7 +142,12 @@ def periodic(
             ready.append(True)
         suite.reset()
         stream = pipeline.stream(
-            num_samples=num_samples, labels=labels, seed=seed, rank=rank, world_size=world_size
+            num_samples=num_samples,
+            labels=labels,
+            prompts=None if pipeline.text is None else captions_of(datamodule, num_samples),
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
         )
         nfe = measure(suite, stream)
         protocol = describe(

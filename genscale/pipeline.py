@@ -10,7 +10,7 @@ grid shows is what the evaluation measures.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from genscale.autoencoders.offload import OffloadedDecoder
 from genscale.backbones.base import Backbone
 from genscale.conditioning.base import Conditioning
 from genscale.conditioning.labels import LabelLaw, labels_for
+from genscale.conditioning.text import reads_text
 from genscale.errors import CheckpointError, ConfigError
 from genscale.guidance.base import Guidance
 from genscale.io.files import atomic_write
@@ -37,15 +38,18 @@ from genscale.io.weights import (
     read_checkpoint,
 )
 from genscale.objectives.base import Objective
+from genscale.prompts import prompts_of_set
 from genscale.run_weights import MAIN, Origin, is_exported, read_weights
 from genscale.runs import RunFolder
 from genscale.samplers.base import Sampler
 from genscale.samplers.grid import GridSampler
 from genscale.samplers.step_cache import NoStepCache, StepCache
+from genscale.text_cache import TextCache
 from genscale.weak_models import WeakModels
 
-# the parts of a run's config that sampling needs
+# the parts of a run's config that sampling needs, and TEXT where the model reads text
 EXPORTED = ("model", "autoencoder", "objective", "sampler", "guidance", "data_info")
+TEXT = "text_encoder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +61,14 @@ class Generated:
         images: ``(n, C, H, W)`` uint8.
         labels: ``(n,)`` int64, or None for an unconditional model.
         nfe: ``(n,)`` network evaluations spent on each.
+        captions: n prompts, or None for a model that reads no text.
     """
 
     ids: Tensor
     images: Tensor
     labels: Tensor | None
     nfe: Tensor
+    captions: tuple[str, ...] | None = None
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -121,6 +127,8 @@ class GenerationPipeline:
         guidance: default guidance.
         num_classes: classes the model knows; 0 for none.
         class_names: their names, for captions.
+        text: encodes prompts, where the model reads them.
+        example_captions: prompts of the training data's kind, for where none are given.
         precision: dtype of network and decoder; solver states stay float32.
         step_cache: reuse of the network's features between steps; None reuses nothing.
 
@@ -140,6 +148,8 @@ class GenerationPipeline:
         guidance: Guidance,
         num_classes: int = 0,
         class_names: tuple[str, ...] = (),
+        text: TextCache | None = None,
+        example_captions: tuple[str, ...] = (),
         precision: Literal["float32", "bfloat16"] = "float32",
         step_cache: StepCache | None = None,
     ) -> None:
@@ -149,8 +159,11 @@ class GenerationPipeline:
         self.sampler = sampler
         self.guidance = guidance
         self.step_cache = step_cache or NoStepCache()
-        self.num_classes = num_classes
+        # data may have classes that the model was not told of
+        self.num_classes = 0 if model.config.get("num_classes") == 0 else num_classes
         self.class_names = class_names
+        self.text = text
+        self.example_captions = example_captions
         self.config: dict[str, Any] = {}
         self.origin: Origin | None = None
         self.weak_models = WeakModels(GenerationPipeline.load)
@@ -215,7 +228,10 @@ class GenerationPipeline:
             guidance=part("guidance"),
             num_classes=int(data.get("num_classes") or 0),
             class_names=tuple(data.get("class_names") or ()),
+            example_captions=tuple(data.get("example_captions") or ()),
         )
+        if reads_text(pipeline.model.config):
+            pipeline.text = TextCache(part(TEXT))
         pipeline.config = config
         return pipeline
 
@@ -289,9 +305,10 @@ class GenerationPipeline:
         folder = Path(folder)
         self.model.save_pretrained(folder / "model")
         with atomic_write(folder / "genscale.json") as temporary:
-            temporary.write_text(
-                json.dumps({key: config[key] for key in EXPORTED}, indent=2) + "\n"
-            )
+            kept = {key: config[key] for key in EXPORTED}
+            if reads_text(self.model.config):
+                kept[TEXT] = config[TEXT]
+            temporary.write_text(json.dumps(kept, indent=2) + "\n")
 
     @property
     def device(self) -> torch.device:
@@ -375,6 +392,8 @@ class GenerationPipeline:
         *,
         num_samples: int,
         labels: LabelLaw = "balanced",
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         seed: int = 0,
         batch_size: int = 64,
         sampler: Sampler | None = None,
@@ -384,38 +403,74 @@ class GenerationPipeline:
     ) -> Iterator[Generated]:
         """Yield the samples ``0 .. num_samples - 1`` of a set in batches, in order.
 
-        Sample i is a function of (seed, i) and its label: neither the batch size nor the number
-        of processes changes it. Process ``rank`` of ``world_size`` makes a contiguous share.
+        Sample i is a function of (seed, i) and its label or prompt: neither the batch size nor the
+        number of processes changes it. Process ``rank`` of ``world_size`` makes a contiguous share.
+
+        Args:
+            num_samples: samples of the set.
+            labels: their classes; see :func:`~genscale.conditioning.labels.labels_for`.
+            prompts: n texts, of which sample i has number i mod n; where a model reads text and
+                none are given, :attr:`example_captions`.
+            negative_prompt: text that guidance leads away from, in place of the empty one.
+            seed: of the set.
+            batch_size: samples at a time.
+            sampler: default is the pipeline's.
+            guidance: default is the pipeline's.
+            rank: number of this process.
+            world_size: of so many.
+
+        Raises:
+            ConfigError: numbers, labels or prompts that cannot be used.
         """
         if num_samples < 1 or batch_size < 1:
             raise ConfigError(
                 f"num_samples and batch_size must be positive, but {num_samples} and {batch_size} "
                 "were given."
             )
+        wishes = prompts_of_set(
+            self.example_captions if prompts is None else prompts,
+            given=prompts is not None,
+            negative=negative_prompt,
+            labels=None if self.num_classes or isinstance(labels, str) else labels,
+            encoder=None if self.text is None else self.text.encoder,
+            guidance=guidance or self.guidance,
+        )
         start, stop = (num_samples * r // world_size for r in (rank, rank + 1))
         for first in range(start, stop, batch_size):
             ids = torch.arange(first, min(first + batch_size, stop))
             classes = labels_for(labels, ids, num_classes=self.num_classes, seed=seed)
             seeds = rng.sample_seeds(seed, first, len(ids))
-            images, nfe = self.sample(
-                Conditioning(labels=classes), seeds, sampler=sampler, guidance=guidance
-            )
-            yield Generated(ids, to_uint8(images).cpu(), classes, nfe)
+            captions, cond = None, Conditioning(labels=classes)
+            if self.text is not None:
+                captions = tuple(wishes[i % len(wishes)] for i in ids.tolist())
+                text = self.text.to(self.device)
+                cond = text.condition(captions, labels=classes, negative=negative_prompt)
+            images, nfe = self.sample(cond, seeds, sampler=sampler, guidance=guidance)
+            yield Generated(ids, to_uint8(images).cpu(), classes, nfe, captions)
 
     def generate(
         self,
         *,
-        num_samples: int,
+        num_samples: int | None = None,
         labels: LabelLaw = "balanced",
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         seed: int = 0,
         batch_size: int = 64,
         sampler: Sampler | None = None,
         guidance: Guidance | None = None,
     ) -> Tensor:
-        """Return ``num_samples`` images as uint8 ``(n, C, H, W)``; see :meth:`stream`."""
+        """Return ``num_samples`` images as uint8 ``(n, C, H, W)``; see :meth:`stream`.
+
+        ``num_samples`` may be left out where ``prompts`` are given: then one for each.
+        """
+        if num_samples is None:
+            num_samples = len(prompts or ())
         batches = self.stream(
             num_samples=num_samples,
             labels=labels,
+            prompts=prompts,
+            negative_prompt=negative_prompt,
             seed=seed,
             batch_size=batch_size,
             sampler=sampler,

@@ -20,11 +20,13 @@ from genscale.cli.progress import track
 from genscale.cli.run_protocol import settle
 from genscale.cli.sample import grid_columns, label_law
 from genscale.errors import ConfigError
-from genscale.evaluation import as_record, describe, fit_reference, measure
+from genscale.evaluation import as_record, captions_of, describe, fit_reference, measure
 from genscale.io.files import write_json
 from genscale.io.images import load_npz, save_grid, save_npz
 from genscale.metrics.protocol import EvalProtocol, MetricValue
 from genscale.pipeline import Generated, choose_device
+from genscale.prompts import read_prompts
+from genscale.run_weights import is_exported
 from genscale.runs import RunFolder, new_folder
 
 GRID = 100  # pictures shown in the report
@@ -82,12 +84,16 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
     suite.to(pipeline.device)
     if rank == 0:
         suite.watch = lambda batches, what, total: track(batches, what, total=total)
+    data = None
     if suite.reference is None:
-        fit_reference(suite, datasets_of(cfg.run))
+        data = datasets_of(cfg.run)
+        fit_reference(suite, data)
     law = label_law(cfg)
+    prompts = _prompts(cfg, pipeline, data)
     stream = pipeline.stream(
         num_samples=cfg.num_samples,
         labels=law,
+        prompts=prompts,
         seed=cfg.seed,
         batch_size=cfg.batch_size,
         rank=rank,
@@ -107,7 +113,12 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
     origin = pipeline.origin
     assert origin is not None  # it was loaded just now
     protocol = describe(
-        pipeline, labels=law, num_samples=cfg.num_samples, nfe=nfe, weights=origin.weights
+        pipeline,
+        labels=law,
+        texts="heldout_captions" if cfg.prompts is None else "prompts",
+        num_samples=cfg.num_samples,
+        nfe=nfe,
+        weights=origin.weights,
     )
     values = suite.compute(protocol)
     folder = output_folder(cfg, "evaluations") if rank == 0 else None
@@ -120,6 +131,7 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
         "step": origin.step,
         "num_samples": cfg.num_samples,
         "labels": law,
+        "prompts": None if pipeline.text is None else str(cfg.prompts or "held-out captions"),
         "seed": cfg.seed,
         "sampler": sampler,
         "guidance": guidance,
@@ -129,6 +141,16 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
     }
     images = torch.cat([batch.images for batch in kept]) if kept else torch.zeros(0)
     return folder, record, values, images, grid_columns(cfg, pipeline)
+
+
+def _prompts(cfg: DictConfig, pipeline: Any, data: Any) -> list[str] | None:
+    """Return what is asked for, else the data's held-out captions; None without either."""
+    given = read_prompts(cfg.prompts)
+    if given is not None or pipeline.text is None:
+        return given
+    if data is None and not is_exported(cfg.run):
+        data = datasets_of(cfg.run)
+    return None if data is None else captions_of(data, cfg.num_samples)
 
 
 def _save_samples(folder: Path | None, kept: list[Generated]) -> None:

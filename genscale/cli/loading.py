@@ -10,11 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 from genscale.assembly import build
 from genscale.cli.app import instantiate
 from genscale.cli.combinations import combination_problems
+from genscale.conditioning.text import fit_problems
 from genscale.errors import ConfigError
 from genscale.guidance.autoguidance import Autoguidance
 from genscale.pipeline import GenerationPipeline, exported_config
 from genscale.run_weights import is_exported
 from genscale.runs import RunFolder, new_folder
+from genscale.text_cache import TextCache
 
 _BY_SCALE = "genscale.guidance.scale_wise.ScaleGuidance"
 
@@ -74,6 +76,7 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
         pipeline.step_cache = instantiate(cfg.step_cache, "step_cache")
     pipeline.set_precision(cfg.precision)
     _place_autoencoder(cfg, pipeline, own["autoencoder"])
+    _place_text_encoder(cfg, pipeline, own)
     if cfg.get("offload"):
         pipeline.offload()
     return pipeline, sampler, guidance
@@ -86,6 +89,26 @@ def _place_autoencoder(cfg: DictConfig, pipeline: GenerationPipeline, own: dict[
         autoencoder = instantiate(OmegaConf.create(asked), "autoencoder")
         pipeline.autoencoder = autoencoder.eval().to(pipeline.device)
     problems = pipeline.autoencoder.check(encodes=False, decodes=True)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _place_text_encoder(cfg: DictConfig, pipeline: GenerationPipeline, own: dict[str, Any]) -> None:
+    """Let the text encoder read its weights where the command line says, and see that it can."""
+    given = cfg.get("text_encoder")
+    if pipeline.text is None:
+        if given is not None and given.get("_target_"):
+            raise ConfigError(
+                "text_encoder=... was given, but the model reads no text. Leave it out."
+            )
+        return
+    if given is not None:
+        asked = inherit(given, own["text_encoder"])
+        if asked != own["text_encoder"]:
+            encoder = instantiate(OmegaConf.create(asked), "text_encoder")
+            pipeline.text = TextCache(encoder).to(pipeline.device)
+    encoder = pipeline.text.encoder
+    problems = fit_problems(pipeline.model.config, encoder) + encoder.check()
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -64,6 +64,8 @@ def compose_recipe(
     """
     from hydra import compose
 
+    from genscale.conditioning.text import reads_text
+
     channels = settings["in_channels"]
     option = _LATENTS.get(channels, "identity")
     cfg = compose("train", overrides=[f"model={recipe}", f"autoencoder={option}"])
@@ -73,7 +75,8 @@ def compose_recipe(
         given = {name: value for name, value in autoencoder.items() if value is not None}
         cfg.autoencoder = {**cfg.autoencoder, **given}
     _mend_variance(cfg, learned=bool(settings.get("learn_sigma")))
-    config = {part: OmegaConf.to_container(cfg[part], resolve=True) for part in PARTS}
+    parts = (*PARTS, "text_encoder") if reads_text(settings) else PARTS
+    config = {part: OmegaConf.to_container(cfg[part], resolve=True) for part in parts}
     # what is known of the pictures that a published network has seen
     config["data_info"] = {"num_classes": settings["num_classes"], "class_names": []}
     return config

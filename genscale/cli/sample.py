@@ -32,7 +32,8 @@ def run(cfg: DictConfig) -> None:
     ids, images, labels, nfe = collect(cfg, pipeline, rank=rank, world_size=world_size)
     if rank == 0:
         folder = output_folder(cfg, "samples")
-        written = _write(cfg, folder, pipeline, images, labels)
+        captions = captions_of(cfg, pipeline, len(ids))
+        written = _write(cfg, folder, pipeline, images, labels, captions)
         record = {
             "run": str(cfg.run),
             "checkpoint": str(cfg.checkpoint),
@@ -42,6 +43,8 @@ def run(cfg: DictConfig) -> None:
             "labels": OmegaConf.to_container(cfg.labels)
             if OmegaConf.is_config(cfg.labels)
             else cfg.labels,
+            "prompts": None if captions is None else list(dict.fromkeys(captions)),
+            "negative_prompt": cfg.negative_prompt,
             "seed": cfg.seed,
             "sampler": sampler,
             "guidance": guidance,
@@ -67,6 +70,16 @@ def label_law(cfg: DictConfig) -> Any:
     return [cfg.labels] if isinstance(cfg.labels, int) else cfg.labels
 
 
+def captions_of(cfg: DictConfig, pipeline: Any, count: int) -> list[str] | None:
+    """Return the prompt of each sample; None for a model that reads no text."""
+    from genscale.prompts import read_prompts
+
+    if pipeline.text is None:
+        return None
+    prompts = read_prompts(cfg.prompts) or pipeline.example_captions
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
 def collect(cfg: DictConfig, pipeline: Any, *, rank: int, world_size: int) -> tuple[Any, ...]:
     """Generate this process's share with a progress bar and join all shares by sample id.
 
@@ -78,10 +91,13 @@ def collect(cfg: DictConfig, pipeline: Any, *, rank: int, world_size: int) -> tu
 
     from genscale import dist
     from genscale.cli.progress import track
+    from genscale.prompts import read_prompts
 
     stream = pipeline.stream(
         num_samples=cfg.num_samples,
         labels=label_law(cfg),
+        prompts=read_prompts(cfg.prompts),
+        negative_prompt=None if cfg.negative_prompt is None else str(cfg.negative_prompt),
         seed=cfg.seed,
         batch_size=cfg.batch_size,
         rank=rank,
@@ -105,12 +121,20 @@ def collect(cfg: DictConfig, pipeline: Any, *, rank: int, world_size: int) -> tu
     return dist.gather_rows(*parts)
 
 
-def _write(cfg: DictConfig, folder: Path, pipeline: Any, images: Any, labels: Any) -> Path:
+def _write(
+    cfg: DictConfig,
+    folder: Path,
+    pipeline: Any,
+    images: Any,
+    labels: Any,
+    captions: list[str] | None,
+) -> Path:
     """Write a grid, and the samples in the format asked for; return the path to name."""
     from genscale.io.images import save_grid, save_npz, save_png
+    from genscale.prompts import as_file_name
 
     grid = folder / "grid.png"
-    save_grid(images, grid, columns=grid_columns(cfg, pipeline))
+    save_grid(images, grid, columns=grid_columns(cfg, pipeline, captions), captions=captions)
     if cfg.format == "npz":
         path = folder / "samples.npz"
         arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -120,15 +144,19 @@ def _write(cfg: DictConfig, folder: Path, pipeline: Any, images: Any, labels: An
         width = max(len(str(len(images) - 1)), 5)
         for i, image in enumerate(images):
             suffix = f"_class{int(labels[i])}" if int(labels[i]) >= 0 else ""
+            if captions is not None:
+                suffix += f"_{as_file_name(captions[i])}"
             save_png(folder / f"{i:0{width}d}{suffix}.png", image)
         return folder
     return grid
 
 
-def grid_columns(cfg: DictConfig, pipeline: Any) -> int | None:
-    """Return a width that puts one class in every column where the labels allow it."""
+def grid_columns(cfg: DictConfig, pipeline: Any, captions: list[str] | None = None) -> int | None:
+    """Return a width that puts one class or prompt in every column where they allow it."""
     law = label_law(cfg)
     count = len(law) if isinstance(law, list) else pipeline.num_classes if law == "balanced" else 0
+    if captions is not None:
+        count = len(set(captions))
     if count == 2:
         return 8
     return count if 3 <= count <= 16 else None

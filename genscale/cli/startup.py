@@ -16,6 +16,7 @@ from genscale.cli.autoencoding import autoencoder_problems
 from genscale.cli.combinations import combination_problems
 from genscale.cli.numbers import number_problems
 from genscale.cli.sample import label_law
+from genscale.cli.texting import caption_problems, example_captions, pairing_problems
 from genscale.conditioning.labels import labels_for
 from genscale.errors import ConfigError, GenscaleError, ParallelError, require
 
@@ -92,12 +93,8 @@ def forget_hydra() -> None:
     HydraConfig.instance().cfg = None  # Hydra restores it after the job
 
 
-def check(cfg: DictConfig) -> Any:
-    """Raise one error that lists every problem that can be seen before a model is built.
-
-    Returns:
-        the data module: reading the data is part of the check, and is done once.
-    """
+def settings_problems(cfg: DictConfig) -> list[str]:
+    """Return a sentence for every number out of range, device not there, or batch not dividing."""
     import torch
 
     trainer = cfg.trainer
@@ -116,6 +113,16 @@ def check(cfg: DictConfig) -> Any:
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}. "
                 f"Give a positive multiple of {max(parts, 1)}."
             )
+    return problems
+
+
+def check(cfg: DictConfig) -> Any:
+    """Raise one error that lists every problem that can be seen before a model is built.
+
+    Returns:
+        the data module: reading the data is part of the check, and is done once.
+    """
+    problems = settings_problems(cfg)
     share = cfg.condition_dropout
     if not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
         problems.append(
@@ -123,21 +130,24 @@ def check(cfg: DictConfig) -> Any:
         )
     built: dict[str, Any] = {}
     of_parts: list[str] = []
-    for path in ("objective", "sampler", "guidance", "optim", "lr_schedule", "ema"):
-        of_parts += _problem_of(partial(_build_into, built, cfg, path))
+    for path in ("objective", "sampler", "guidance", "optim", "lr_schedule", "ema", "text_encoder"):
+        of_parts += problem_of(partial(_build_into, built, cfg, path))
     fitting = (built.get(path) for path in ("objective", "guidance", "sampler"))
     misfits = combination_problems(cfg.model, *fitting)
+    if "text_encoder" in built:
+        misfits += pairing_problems(cfg.model, built["text_encoder"])
     if misfits:  # the data need not be read to say so
         raise ConfigError("\n".join([*problems, *of_parts, *misfits]))
-    problems += _problem_of(partial(_build_into, built, cfg, "data")) + of_parts
+    problems += problem_of(partial(_build_into, built, cfg, "data")) + of_parts
     if "data" in built:
-        problems += _problem_of(partial(_check_labels, cfg, built["data"].num_classes or 0))
-        problems += _problem_of(partial(_check_autoencoder, cfg, built["data"]))
+        problems += problem_of(partial(_check_labels, cfg, built["data"].num_classes or 0))
+        problems += problem_of(partial(_check_autoencoder, cfg, built["data"]))
+        if "text_encoder" in built and built["text_encoder"].token_size:
+            problems += caption_problems(built["text_encoder"], built["data"])
     if cfg.callbacks.metrics_every > 0:
         suite = instantiate(cfg.metrics, "metrics")
         problems += suite.check(num_samples=cfg.callbacks.metrics_samples)
-    for node in cfg.logger.values():
-        problems += _problem_of(partial(_require_logger, node._target_.rpartition(".")[2]))
+    problems += logger_problems(cfg)
     if problems:
         raise ConfigError("\n".join(problems))
     return built["data"]
@@ -159,12 +169,19 @@ def _check_autoencoder(cfg: DictConfig, datamodule: Any) -> None:
         raise ConfigError("\n".join(problems))
 
 
+def logger_problems(cfg: DictConfig) -> list[str]:
+    """Return a sentence for every logger whose package is not installed."""
+    packages = [node._target_.rpartition(".")[2] for node in cfg.logger.values()]
+    return [text for name in packages for text in problem_of(partial(_require_logger, name))]
+
+
 def _require_logger(package: str) -> None:
     if package in ("tensorboard", "wandb"):
         require(package, what=f"logger={package}", extra=package)
 
 
-def _problem_of(action: Callable[[], object]) -> list[str]:
+def problem_of(action: Callable[[], object]) -> list[str]:
+    """Return the sentence of what an action raises; an empty list where it succeeds."""
     try:
         action()
     except (GenscaleError, ImportError, FileNotFoundError) as error:
@@ -196,3 +213,6 @@ def adopt_data(cfg: DictConfig, datamodule: Any) -> None:
             "class_names": list(datamodule.class_names),
             "fingerprint": datamodule.fingerprint(),
         }
+        examples = example_captions(datamodule)
+        if examples is not None:
+            cfg.data_info.example_captions = examples

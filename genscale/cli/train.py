@@ -11,18 +11,25 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from genscale import dist
 from genscale.cli.app import instantiate
+from genscale.cli.fitting import build_trainer, shown, train_log, usual_callbacks
 from genscale.cli.placing import locate
 from genscale.cli.sample import label_law
 from genscale.cli.startup import (
     adopt_data,
     check,
     check_processes,
-    cluster_plugins,
     default_name,
     forget_hydra,
     quiet_lightning,
 )
-from genscale.errors import ConfigError, did_you_mean
+from genscale.cli.texting import text_cache
+from genscale.cli.trainables import (
+    assemble_trainable,
+    check_trainable,
+    export_trainable,
+    is_trainable,
+)
+from genscale.errors import ConfigError
 from genscale.runs import RunFolder, point_latest, remove_empty
 
 
@@ -32,11 +39,13 @@ def run(cfg: DictConfig) -> None:
     with open_dict(cfg):
         cfg.name = cfg.name or default_name(cfg)
     forget_hydra()
-    datamodule = check(cfg)
+    of_backbone = not is_trainable(cfg)
+    datamodule = check(cfg) if of_backbone else check_trainable(cfg)
     adopt_data(cfg, datamodule)
     folder, checkpoint = locate(cfg)
     try:
-        trainer, module, log = _assemble(cfg, datamodule, folder)
+        assemble = _assemble if of_backbone else assemble_trainable
+        trainer, module, log = assemble(cfg, datamodule, folder)
         check_processes(trainer)
     except BaseException:
         if cfg.run_dir is None and cfg.resume is None:
@@ -50,17 +59,17 @@ def run(cfg: DictConfig) -> None:
         ckpt_path=None if checkpoint is None else str(checkpoint),
         weights_only=True,
     )
-    _end(cfg, folder, trainer, module, log)
+    _end(cfg, folder, trainer, module, log, _export if of_backbone else export_trainable)
 
 
 def _assemble(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> tuple[Any, Any, Any]:
     """Build trainer, module and log."""
     import torch
 
-    from genscale.training.callbacks.log import TrainLog
     from genscale.training.module import GenerativeModule
-    from genscale.training.run_log import RunLog
 
+    text = text_cache(cfg)
+    datamodule.with_captions = text is not None
     torch.manual_seed(cfg.seed)  # initial weights; everything later is keyed
     module = GenerativeModule(
         model=_model(cfg),
@@ -70,36 +79,15 @@ def _assemble(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> tuple[Any,
         lr_schedule=instantiate(cfg.lr_schedule, "lr_schedule"),
         ema=instantiate(cfg.ema, "ema"),
         batch_size=cfg.batch_size,
-        condition_dropout=cfg.condition_dropout if datamodule.num_classes else 0.0,
+        condition_dropout=cfg.condition_dropout if datamodule.num_classes or text else 0.0,
         seed=cfg.seed,
+        text=text,
         compile_blocks=cfg.compile,
         checkpoint_blocks=cfg.checkpoint_blocks,
     )
-    log = TrainLog(
-        RunLog(folder.metrics_file),
-        every=cfg.callbacks.log_every,
-        flops_per_sample=module.flops[""],
-    )
-    loggers = [
-        instantiate(node, f"logger.{name}", save_dir=str(folder.path), name=folder.path.name)
-        for name, node in cfg.logger.items()
-    ]
-    trainer = instantiate(
-        OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key != "profiler"]),
-        "trainer",
-        profiler=_profiler(cfg.trainer.get("profiler"), folder),
-        callbacks=_callbacks(cfg, datamodule, folder, module, log),
-        logger=loggers or False,
-        plugins=cluster_plugins(),
-        default_root_dir=str(folder.path),
-        max_epochs=-1,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=10**9,
-    )
+    log = train_log(cfg, folder, module.flops[""])
+    callbacks = _callbacks(cfg, datamodule, folder, module, log)
+    trainer = build_trainer(cfg, folder, callbacks)
     return trainer, module, log
 
 
@@ -116,26 +104,13 @@ def _callbacks(
     cfg: DictConfig, datamodule: Any, folder: RunFolder, module: Any, log: Any
 ) -> list[Any]:
     """Return what happens beside the steps; the order matters, see each of them."""
-    from genscale.training.callbacks.checkpoint import RunCheckpoint
-    from genscale.training.callbacks.ema import UpdateEMA
-    from genscale.training.callbacks.finite import FiniteGuard
     from genscale.training.callbacks.metrics import PeriodicMetrics
-    from genscale.training.callbacks.progress import TrainProgress
     from genscale.training.callbacks.samples import SampleGrid
-    from genscale.training.callbacks.snapshots import EMASnapshots
-    from genscale.training.callbacks.stop import GracefulStop
-    from genscale.training.ema import PosthocEMA
 
     pipeline = module_pipeline(cfg, module)
     pipeline.ready(pipeline.guidance)  # what it names is read now, not at the first grid
     options = cfg.callbacks
-    callbacks: list[Any] = [
-        UpdateEMA(),
-        FiniteGuard(max_in_row=options.max_bad_steps, every=options.log_every),
-        log,
-        TrainProgress(log),
-        GracefulStop(every=options.log_every),
-    ]
+    looks: list[Any] = []
     if options.sample_every > 0:
         grid = SampleGrid(
             pipeline,
@@ -145,7 +120,7 @@ def _callbacks(
             seed=cfg.seed,
             log=log,
         )
-        callbacks.append(grid)
+        looks.append(grid)
     if options.metrics_every > 0:
         from genscale.evaluation import periodic
 
@@ -155,7 +130,7 @@ def _callbacks(
             seed=cfg.seed,
             labels=label_law(cfg.evaluation),
         )
-        callbacks.append(
+        looks.append(
             PeriodicMetrics(
                 pipeline,
                 evaluate,
@@ -164,37 +139,7 @@ def _callbacks(
                 log=log,
             )
         )
-    if isinstance(module.ema_law, PosthocEMA):
-        callbacks.append(EMASnapshots(folder, module.ema_law, log=log))
-    callbacks.append(
-        RunCheckpoint(
-            folder,
-            every=options.checkpoint_every,
-            keep=options.keep_checkpoints,
-            keep_every=options.keep_every,
-            log=log,
-        )
-    )
-    return callbacks
-
-
-def _profiler(name: str | None, folder: RunFolder) -> Any:
-    """Return Lightning's profiler of that name; its report goes into the run folder."""
-    from lightning.pytorch import profilers
-
-    known = {
-        "simple": profilers.SimpleProfiler,
-        "advanced": profilers.AdvancedProfiler,
-        "pytorch": profilers.PyTorchProfiler,
-    }
-    if name is None:
-        return None
-    if name not in known:
-        raise ConfigError(
-            f"trainer.profiler must be one of {', '.join(known)}, but '{name}' was given."
-            f"{did_you_mean(str(name), list(known))}"
-        )
-    return known[name](dirpath=folder.path, filename="profile")
+    return usual_callbacks(cfg, folder, module, log, looks)
 
 
 def module_pipeline(cfg: DictConfig, module: Any) -> Any:
@@ -209,6 +154,8 @@ def module_pipeline(cfg: DictConfig, module: Any) -> Any:
         guidance=instantiate(cfg.guidance, "guidance"),
         num_classes=int(cfg.data_info.num_classes or 0),
         class_names=tuple(cfg.data_info.class_names),
+        text=module.text,
+        example_captions=tuple(cfg.data_info.get("example_captions") or ()),
     )
     pipeline.config = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     _guide_by_own_average(pipeline, module)
@@ -272,12 +219,14 @@ def _begin(
         accumulate=trainer.accumulate_grad_batches,
         max_steps=trainer.max_steps,
         data_size=len(datamodule.train),
-        run_dir=_shown(folder.path),
+        run_dir=shown(folder.path),
         resume=checkpoint,
     )
 
 
-def _end(cfg: DictConfig, folder: RunFolder, trainer: Any, module: Any, log: Any) -> None:
+def _end(
+    cfg: DictConfig, folder: RunFolder, trainer: Any, module: Any, log: Any, export: Any
+) -> None:
     """Export, summarise, and say how to go on; a stopped run exits with its signal's status."""
     from genscale.training.callbacks.stop import GracefulStop
 
@@ -289,7 +238,7 @@ def _end(cfg: DictConfig, folder: RunFolder, trainer: Any, module: Any, log: Any
                 "the same command and resume=latest"
             )
         else:
-            _export(cfg, folder, trainer, module, log)
+            export(cfg, folder, trainer, module, log)
     # of the other processes it is no failure: Lightning would kill the first one for it
     if stopped and trainer.is_global_zero:
         raise SystemExit(128 + stopped)
@@ -317,16 +266,8 @@ def _export(cfg: DictConfig, folder: RunFolder, trainer: Any, module: Any, log: 
     }
     write_json(folder.path / "summary.json", summary)
     report = write_report(folder.path)
-    shown = _shown(folder.path)
+    place = shown(folder.path)
     print(json.dumps(summary))
-    print(f"report: {_shown(report)}")
-    print(f"sample:   python sample.py run={shown} num_samples=64 guidance.scale=2")
-    print(f"evaluate: python evaluate.py run={shown} num_samples={cfg.evaluation.num_samples}")
-
-
-def _shown(path: Path) -> Path:
-    """Return a path as a person would type it from here."""
-    try:
-        return path.relative_to(Path.cwd())
-    except ValueError:
-        return path
+    print(f"report: {shown(report)}")
+    print(f"sample:   python sample.py run={place} num_samples=64 guidance.scale=2")
+    print(f"evaluate: python evaluate.py run={place} num_samples={cfg.evaluation.num_samples}")

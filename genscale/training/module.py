@@ -12,10 +12,12 @@ from genscale import rng
 from genscale.autoencoders.base import Autoencoder, ScaleTokenizer, Variational
 from genscale.backbones.base import Backbone
 from genscale.conditioning.base import Conditioning
+from genscale.errors import DataError
 from genscale.flops import count_flops_by_module
 from genscale.io.images import from_uint8
 from genscale.objectives.base import Batch, Objective
 from genscale.rng import Purpose
+from genscale.text_cache import TextCache
 from genscale.training.ema import EMA
 from genscale.training.lr_schedule import Schedule
 from genscale.training.optim import AdamW
@@ -37,6 +39,7 @@ class GenerativeModule(StepModule):
         batch_size: samples of one optimizer step over all processes.
         condition_dropout: share of samples trained with the null condition.
         seed: seed of everything random.
+        text: encodes captions, where the model reads them; frozen and not part of the checkpoint.
         compile_blocks: compile each block of the backbone in place.
         checkpoint_blocks: recompute activations of blocks in the backward pass.
     """
@@ -53,6 +56,7 @@ class GenerativeModule(StepModule):
         batch_size: int,
         condition_dropout: float = 0.0,
         seed: int = 0,
+        text: TextCache | None = None,
         compile_blocks: bool = False,
         checkpoint_blocks: bool = False,
     ) -> None:
@@ -66,6 +70,7 @@ class GenerativeModule(StepModule):
         )
         # held in a tuple: not a submodule, so that its weights stay out of checkpoints and DDP
         self._frozen = (autoencoder.requires_grad_(False).eval(),)
+        self._text = text
         self.objective = objective
         self.condition_dropout = condition_dropout
         self.compile_blocks = compile_blocks
@@ -76,6 +81,11 @@ class GenerativeModule(StepModule):
     def autoencoder(self) -> Autoencoder:
         """The frozen autoencoder, on this module's device."""
         return self._frozen[0].to(self.device)
+
+    @property
+    def text(self) -> TextCache | None:
+        """The frozen text encoder, on this module's device; None where the model reads no text."""
+        return None if self._text is None else self._text.to(self.device)
 
     def configure_model(self) -> None:
         """Recompute, compile and shard blocks in place; Lightning may call this more than once."""
@@ -94,11 +104,15 @@ class GenerativeModule(StepModule):
         self.seed_network(micro_step)
 
     @torch.no_grad()
-    def prepare(self, raw: dict[str, Tensor]) -> Batch:
+    def prepare(self, raw: dict[str, Any]) -> Batch:
         """Turn a raw batch into a training batch.
 
         Args:
-            raw: uint8 ``image`` or the cached ``moments`` of one, ``label`` and ``position``.
+            raw: uint8 ``image`` or the cached ``moments`` of one, ``label`` and ``position``; for
+                models that read text also ``caption``, a list of texts.
+
+        Raises:
+            DataError: the model reads text, and there are no captions.
         """
         position = raw["position"]
         autoencoder = self.autoencoder
@@ -114,7 +128,7 @@ class GenerativeModule(StepModule):
             clean = autoencoder.from_moments(moments.float(), noise)
         else:
             clean = autoencoder.encode(from_uint8(raw["image"]))
-        cond = Conditioning(labels=raw["label"]) if "label" in raw else Conditioning()
+        cond = self._condition(raw)
         if self.condition_dropout > 0 and len(cond):
             draws = rng.for_step(self.seed, position).uniform(Purpose.DROP)
             cond = cond.drop(draws < self.condition_dropout)
@@ -126,7 +140,20 @@ class GenerativeModule(StepModule):
             samples_seen=self.samples_seen,
         )
 
-    def training_step(self, raw: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def _condition(self, raw: dict[str, Any]) -> Conditioning:
+        """Return the conditions of a raw batch: labels, captions, or both."""
+        text = self.text
+        if text is None:
+            return Conditioning(labels=raw["label"]) if "label" in raw else Conditioning()
+        if "caption" not in raw:
+            raise DataError(
+                "The model reads text, but batches carry no captions. Choose data with captions, "
+                "and set with_captions on its data module."
+            )
+        knows_classes = bool(self.model.config.get("num_classes"))
+        return text.condition(raw["caption"], labels=raw.get("label") if knows_classes else None)
+
+    def training_step(self, raw: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss; its terms wait on the device until the next log."""
         batch = self.prepare(raw)
         out = self.objective.loss(self.model, batch, rng.for_step(self.seed, batch.position))

@@ -58,8 +58,12 @@ class SampleGrid(StepCallback):
 
     def _write(self, step: int) -> None:
         classes = self.pipeline.num_classes
+        captions = None
+        if self.pipeline.text is not None:
+            known = self.pipeline.example_captions
+            classes, captions = len(known), [known[i % len(known)] for i in range(self.count)]
         columns = classes if 2 <= classes <= 16 else None
         images = self.pipeline.generate(num_samples=self.count, seed=self.seed)
         path = self.run.samples_dir / f"step-{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(images, path, columns=columns)
+        save_grid(images, path, columns=columns, captions=captions)
