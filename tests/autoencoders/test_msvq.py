@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from genscale.autoencoders.base import ScaleTokenizer, weights_digest
 from genscale.autoencoders.diffusers_folder import WEIGHTS, Source, load_as
@@ -127,6 +128,18 @@ class TestMSVQ:
         }
         assert sum(p.numel() for p in made.parameters()) == 108_948_355
         assert (made.downsample, made.sample_shape, made.num_tokens) == (16, (3, 256, 256), 680)
+
+    def test_operations_of_the_published_one(self) -> None:
+        """As measured on the official program at 256 pixels: 215 and 393 GFLOP."""
+        with torch.device("meta"):
+            made = MSVQ().requires_grad_(False)
+            calls = {made.encode_features: (1, 3, 256, 256), made.decode: (1, 32, 16, 16)}
+            counts = []
+            for call, shape in calls.items():
+                with FlopCounterMode(display=False) as counter:
+                    call(torch.empty(shape))
+                counts.append(counter.get_total_flops() // 10**9)
+        assert counts == [215, 393]
 
     def test_a_tiny_one_for_a_cpu(self, model: MSVQ) -> None:
         assert isinstance(model, ScaleTokenizer)
