@@ -22,6 +22,7 @@ class KLNetwork(Variational):
     """An AutoencoderKL of free sizes, with weights to train (arXiv:2112.10752).
 
     Args:
+        sample_size: side of the pictures it is trained on.
         image_channels: channels of the pictures.
         latent_channels: channels of the latents.
         hidden_size: width at the picture's own resolution.
@@ -42,6 +43,7 @@ class KLNetwork(Variational):
     def __init__(
         self,
         *,
+        sample_size: int = 256,
         image_channels: int = 3,
         latent_channels: int = 4,
         hidden_size: int = 128,
@@ -68,6 +70,7 @@ class KLNetwork(Variational):
         self.image_channels = image_channels
         self.latent_channels = latent_channels
         self.downsample = 2 ** (len(widths) - 1)
+        self.sample_shape = (image_channels, sample_size, sample_size)
         self.scale, self.shift = 1.0, 0.0
         self.network: AutoencoderKL = AutoencoderKL(
             in_channels=image_channels,
@@ -78,6 +81,7 @@ class KLNetwork(Variational):
             layers_per_block=num_blocks,
             latent_channels=latent_channels,
             norm_num_groups=norm_groups,
+            sample_size=sample_size,
             mid_block_add_attention=middle_attention,
         )
 
@@ -124,16 +128,9 @@ class KLNetwork(Variational):
         self.shift = float(means.mean())
         self.scale = float(1.0 / means.std().clamp(min=1e-6))
 
-    def save_pretrained(self, folder: str | Path, *, sample_size: int) -> None:
-        """Write a folder of diffusers, scale and shift in its config.
-
-        Args:
-            folder: created if missing.
-            sample_size: side of the pictures it was trained on.
-        """
-        self.network.register_to_config(
-            scaling_factor=self.scale, shift_factor=self.shift, sample_size=sample_size
-        )
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder of diffusers (created if missing), scale and shift in its config."""
+        self.network.register_to_config(scaling_factor=self.scale, shift_factor=self.shift)
         self.network.save_pretrained(folder)
 
 

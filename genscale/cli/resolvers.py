@@ -32,6 +32,20 @@ def latent_size(resolution: int | None, downsample: int) -> int | None:
     return resolution // downsample
 
 
+def scale_sides(resolution: int | None, downsample: int) -> list[int] | None:
+    """Return the sides of a tokenizer's scales: 1, 2, 4 and so on up to the side of the latents.
+
+    None where :func:`latent_size` is.
+
+    Raises:
+        ConfigError: see :func:`latent_size`.
+    """
+    side = latent_size(resolution, downsample)
+    if side is None:
+        return None
+    return [2**power for power in range(side.bit_length()) if 2**power < side] + [side]
+
+
 def div(dividend: Number, divisor: Number) -> Number:
     """Divide; two integers must divide without rest and give an integer.
 
@@ -80,8 +94,8 @@ def tokenizer(run: str | None, setting: str, otherwise: Any) -> Any:
 
 
 def register_resolvers() -> None:
-    """Make the five known to OmegaConf; may be called any number of times."""
+    """Make them known to OmegaConf; may be called any number of times."""
     from omegaconf import OmegaConf
 
-    for resolver in (latent_size, count, div, mul, tokenizer):
+    for resolver in (latent_size, scale_sides, count, div, mul, tokenizer):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
