@@ -10,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from genscale.backbones.base import ScaleBackbone
 from genscale.cli.building import instantiate
 from genscale.cli.resolvers import register_resolvers
 
@@ -76,6 +77,15 @@ def test_a_model_alone_is_enough(option: str) -> None:
         model = instantiate(cfg.model, "model")
     objective = instantiate(cfg.objective, "objective")
     # the sizes follow from the data and the autoencoder
+    if isinstance(model, ScaleBackbone):
+        settings = cfg.autoencoder
+        assert model.sample_shape == (settings.latent_channels, *model.scales[-1])
+        assert (model.vocab_size, list(model.config["scales"])) == (
+            settings.vocab_size,
+            list(settings.scales),
+        )
+        assert cfg.sampler.num_scales == len(model.scales)
+        return
     assert model.sample_shape == (1, 16, 16)
     assert model.config["num_classes"] == 10
     assert objective.view(model).sample_shape == model.sample_shape

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genscale.layers.norm import upcast
+from genscale.layers.norm import no_autocast, upcast
 from genscale.layers.scan.selective import selective_scan
 
 
@@ -63,7 +63,7 @@ def ssd(
             "Use 'chunked'; the other is its reference."
         )
     # matrix products would be rounded to half precision under autocast
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         wide = upcast(x).dtype
         values, step = x.to(wide), dt.to(wide)
         if dt_bias is not None:
