@@ -264,7 +264,7 @@ def on_cuda(depths: list[int], batches: list[int], repeats: int) -> None:
     decoding = decoder_flops(codes)
     for depth in depths:
         network = build(depth, device)
-        network.to(dtype=torch.bfloat16)
+        network.bfloat16()
         spent = 2 * count_flops(network, network.sample_shape) + decoding
         print(
             f"VAR-d{depth}, {parameter_count(network):,} parameters: {spent / 1e12:.2f} TFLOP a "

@@ -146,8 +146,13 @@ class Denoiser(View):
 class ScaleTokens(Protocol):
     """What samplers of scale-wise models need of a tokenizer (``autoencoders.base``)."""
 
-    vocab_size: int
-    scales: Scales
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes V."""
+
+    @property
+    def scales(self) -> Scales:
+        """Height and width of every scale, coarse first."""
 
     def codes(self, tokens: Tensor) -> Tensor:
         """Return the codes ``(B, n, Cv)`` of tokens ``(B, n)``."""
