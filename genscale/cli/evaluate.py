@@ -17,6 +17,8 @@ from genscale.cli.app import instantiate
 from genscale.cli.loading import datasets_of, load_pipeline, output_folder
 from genscale.cli.numbers import check_numbers
 from genscale.cli.progress import track
+from genscale.cli.reconstructing import evaluate as evaluate_reconstructions
+from genscale.cli.reconstructing import reconstructs
 from genscale.cli.run_protocol import settle
 from genscale.cli.sample import grid_columns, label_law
 from genscale.errors import ConfigError
@@ -34,6 +36,9 @@ GRID = 100  # pictures shown in the report
 
 def run(cfg: DictConfig) -> None:
     """Evaluate ``cfg.run``, or the files ``cfg.samples`` and ``cfg.reference``."""
+    if reconstructs(cfg):
+        evaluate_reconstructions(cfg)
+        return
     started = time.perf_counter()
     settle(cfg)
     check_numbers(cfg, {"num_samples": 1, "batch_size": 1, "seed": None})
@@ -57,7 +62,7 @@ def run(cfg: DictConfig) -> None:
         }
         save_grid(images[:GRID], folder / "grid.png", columns=columns)
         write_json(folder / "metrics.json", record)
-        _print(values, record, suite.skipped)
+        print_values(values, record, suite.skipped)
         print(f"numbers: {folder / 'metrics.json'}")
         if cfg.samples is None and (RunFolder(folder.parent.parent).config_file).is_file():
             from genscale.report import write_report
@@ -197,7 +202,9 @@ def _folder_of_files(cfg: DictConfig) -> Path:
     return folder
 
 
-def _print(values: list[MetricValue], record: dict[str, Any], skipped: dict[str, str]) -> None:
+def print_values(
+    values: list[MetricValue], record: dict[str, Any], skipped: dict[str, str]
+) -> None:
     """Print a table for people; every number stands beside its protocol."""
     title = f"{record['num_samples']} samples"
     if "nfe_per_sample" in record:

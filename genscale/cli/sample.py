@@ -22,6 +22,12 @@ def run(cfg: DictConfig) -> None:
             f"{did_you_mean(str(cfg.format), FORMATS)}"
         )
     check_numbers(cfg, {"num_samples": 1, "batch_size": 1, "seed": None})
+    from genscale.cli.reconstructing import reconstructs
+    from genscale.cli.reconstructing import sample as sample_reconstructions
+
+    if reconstructs(cfg):
+        sample_reconstructions(cfg)
+        return
     from genscale import dist
     from genscale.cli.loading import load_pipeline, output_folder
     from genscale.io.files import write_json
