@@ -202,23 +202,48 @@ def _read(
     if cfg.layout == "diffusers":
         state, config = read_diffusers(file)
         return state, family.config_from_diffusers(config)
-    state = read_state_dict(file, cfg.weights)
+    state = read_state_dict(file, cfg.weights, nested=getattr(family, "NESTED", ()))
     heads, size = given.get("num_heads"), given.get("input_size")
-    hints = {
+    hints: dict[str, Any] = {
         "num_heads": heads if isinstance(heads, int) else None,
         "input_size": size if isinstance(size, int) else None,
     }
-    found = family.config_from_state_dict(state, **hints)
-    if heads is None and "num_heads" in found and _depends_on_heads(family, state, found):
+    beside = _told_beside(family, file, given) if hasattr(family, "UNTOLD") else {}
+    if "scales" in inspect.signature(family.config_from_state_dict).parameters:
+        hints["scales"] = given.get("scales", beside.get("scales"))
+    found = {**beside, **family.config_from_state_dict(state, **hints)}
+    if heads is None and "num_heads" in found and _depends_on_heads(family, state, found, hints):
         print(f"num_heads={found['num_heads']} is assumed, as published: no shape tells it")
     return state, found
 
 
-def _depends_on_heads(family: ModuleType, state: dict[str, Tensor], found: dict[str, Any]) -> bool:
+def _told_beside(family: ModuleType, file: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings in ``config.json`` beside a weight file.
+
+    Raises:
+        ConfigError: it is not there, and what it alone would tell is not given either.
+    """
+    from genscale.io.published import read_settings_beside
+
+    stated = read_settings_beside(file)
+    if stated is not None:
+        settings: dict[str, Any] = family.config_from_official(stated)
+        return settings
+    for name in family.UNTOLD:
+        if name not in given:
+            raise ConfigError(
+                f"No tensor tells {name}, and there is no config.json beside {file}, which would. "
+                f"Give {name}=true or {name}=false."
+            )
+    return {}
+
+
+def _depends_on_heads(
+    family: ModuleType, state: dict[str, Tensor], found: dict[str, Any], hints: dict[str, Any]
+) -> bool:
     """Return whether the number of heads is a guess, which another hint would change."""
-    other = family.config_from_state_dict(state, num_heads=1, input_size=found["input_size"])[
-        "num_heads"
-    ]
+    known = {**hints, "num_heads": 1, "input_size": found.get("input_size")}
+    other = family.config_from_state_dict(state, **known)["num_heads"]
     pair = (found["num_heads"], other)
     one, two = (value if isinstance(value, list) else [value] for value in pair)
     return all(a != b for a, b in zip(one, two, strict=True))
@@ -236,9 +261,13 @@ def _tell(cfg: DictConfig, config: dict[str, Any], model: Any, recipe: str, targ
         f"{objective}, {sampler}"
     )
     needs_source = config["autoencoder"].get("source", "") is None
+    needs_run = config["autoencoder"].get("run", "") is None
+    if needs_run:
+        print("its tokens are those of a tokenizer, a folder of its own: name it to sample")
     if needs_source:
         print("its pictures are latents, whose autoencoder is a file of its own: name it to sample")
     source = " autoencoder.source=<folder or hub id>" if needs_source else ""
+    source += " autoencoder.run=<its folder>" if needs_run else ""
     print(f"sample:   python sample.py run={target} num_samples=16{source}")
 
 

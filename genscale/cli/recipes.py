@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from genscale.errors import ConfigError, did_you_mean
 
 PARTS = ("model", "objective", "sampler", "guidance", "autoencoder")
+_OF_TOKENIZER = ("scales", "vocab_size", "latent_channels")
 _LATENTS = {4: "sd_vae", 16: "flux_vae"}  # channels -> option of conf/autoencoder
 
 
@@ -66,19 +67,23 @@ def compose_recipe(
 
     from genscale.conditioning.text import reads_text
 
-    channels = settings["in_channels"]
-    option = _LATENTS.get(channels, "identity")
-    cfg = compose("train", overrides=[f"model={recipe}", f"autoencoder={option}"])
+    channels = settings.get("in_channels")
+    # a scale-wise network keeps the tokenizer of its recipe
+    words = [] if channels is None else [f"autoencoder={_LATENTS.get(channels, 'identity')}"]
+    cfg = compose("train", overrides=[f"model={recipe}", *words])
     with open_dict(cfg):
         cfg.model = {"_target_": target, **settings}
-        cfg.data.channels = channels
+        if channels is None:
+            cfg.autoencoder.update({name: settings[name] for name in _OF_TOKENIZER})
+        else:
+            cfg.data.channels = channels
         given = {name: value for name, value in autoencoder.items() if value is not None}
         cfg.autoencoder = {**cfg.autoencoder, **given}
     _mend_variance(cfg, learned=bool(settings.get("learn_sigma")))
     parts = (*PARTS, "text_encoder") if reads_text(settings) else PARTS
     config = {part: OmegaConf.to_container(cfg[part], resolve=True) for part in parts}
     # what is known of the pictures that a published network has seen
-    config["data_info"] = {"num_classes": settings["num_classes"], "class_names": []}
+    config["data_info"] = {"num_classes": settings.get("num_classes", 0), "class_names": []}
     return config
 
 

@@ -35,7 +35,8 @@ def converter_of(model: Backbone) -> tuple[str, ModuleType]:
 def write_official(model: Backbone, folder: Path) -> dict[str, Any]:
     """Write the official state dict as ``model.safetensors`` and, the same, as ``model.pth``.
 
-    The latter holds tensors alone: ``torch.load(..., weights_only=True)`` reads it.
+    The latter holds tensors alone: ``torch.load(..., weights_only=True)`` reads it. Where the
+    official program keeps settings in ``config.json``, that is written, too.
 
     Returns:
         the settings that cannot be read off the file.
@@ -50,7 +51,12 @@ def write_official(model: Backbone, folder: Path) -> dict[str, Any]:
     official = {name: tensor.detach().contiguous() for name, tensor in official.items()}
     save_file(official, folder / "model.safetensors", metadata={"format": "pt"})
     torch.save(official, folder / "model.pth")
-    return untold_settings(model, module.config_from_state_dict(official))
+    stated = module.config_to_official(model.config) if hasattr(module, "UNTOLD") else None
+    if stated is not None:
+        (folder / "config.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+        return untold_settings(model, module.config_from_official(stated))
+    words = {name: model.config[name] for name in getattr(module, "UNTOLD", ())}
+    return words | untold_settings(model, module.config_from_state_dict(official))
 
 
 def untold_settings(model: Backbone, found: Mapping[str, Any]) -> dict[str, Any]:

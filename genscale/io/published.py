@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ _DIFFUSERS = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter befor
 _STEM = "diffusion_pytorch_model"
 
 
-def read_state_dict(path: Path, weights: str | None = None) -> dict[str, Tensor]:
+def read_state_dict(
+    path: Path, weights: str | None = None, *, nested: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """Read the state dict in a file of another program.
 
     Args:
@@ -26,6 +28,8 @@ def read_state_dict(path: Path, weights: str | None = None) -> dict[str, Tensor]
             ``model``. Options of a command line beside them (``argparse.Namespace``, which holds
             values and nothing that runs) are read over; other objects are refused.
         weights: ``ema`` or ``model``; None takes ``ema`` where there are several.
+        nested: keys of a training file below which the weights lie, one in the other; read where
+            they are there.
 
     Raises:
         CheckpointError: a file without weights, without these, or that cannot be read safely.
@@ -42,6 +46,11 @@ def read_state_dict(path: Path, weights: str | None = None) -> dict[str, Tensor]
             f"['{wanted}'], 'weights.pt'), and import that file."
         ),
     )
+    inner: Any = content
+    for key in nested:
+        inner = inner.get(key) if isinstance(inner, Mapping) else None
+    if nested and is_state_dict(inner):
+        content = dict(inner)
     if isinstance(content.get("state_dict"), Mapping) and "genscale" in content:
         raise CheckpointError(
             f"{path} is a checkpoint of a genscale run, which needs no import. Sample from its "
@@ -71,6 +80,27 @@ def is_state_dict(value: Any) -> bool:
         and bool(value)
         and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
     )
+
+
+def read_settings_beside(path: Path) -> dict[str, Any] | None:
+    """Return ``config.json`` of the folder a weight file lies in; None where there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    file = path.parent / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}. Get it again.") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(
+            f"{file} holds a {type(settings).__name__}, but settings by name were expected. "
+            "Get it again."
+        )
+    return settings
 
 
 def read_diffusers(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

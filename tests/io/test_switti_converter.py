@@ -37,7 +37,8 @@ TINY: dict[str, Any] = {
 
 def on_meta(**settings: Any) -> Switti:
     with torch.device("meta"):
-        return Switti(**settings)
+        model: Switti = Switti(**settings)
+    return model
 
 
 def tiny(**changes: Any) -> Switti:
@@ -126,6 +127,7 @@ def test_buffers_of_the_official_program_are_no_weights() -> None:
 def test_frequencies_of_crops_are_not_lost() -> None:
     model = tiny()
     official = to_official(model.state_dict(), model.config)
+    assert model.crop_frequencies is not None
     assert torch.equal(official["crop_embed.weight"], model.crop_frequencies)
     del official["crop_embed.weight"]
     with pytest.raises(CheckpointError, match=r"1 missing, 0 unexpected .*crop_embed.weight"):
@@ -189,9 +191,8 @@ def test_official_settings_without_counterpart(config: dict[str, Any], words: st
         config_from_official(config)
 
 
-def test_models_that_the_official_class_cannot_be() -> None:
-    with pytest.raises(ConfigError, match="has other latent_channels, vocab_size"):
-        config_to_official(tiny(num_heads=2).config)
+def test_models_that_a_published_folder_cannot_state() -> None:
+    assert config_to_official(tiny().config) is None
 
 
 def test_files_of_other_models_are_refused() -> None:

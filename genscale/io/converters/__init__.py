@@ -3,6 +3,11 @@
 A module of this folder is a family when it says which class it fills, ``BACKBONE``, and has four
 functions: ``config_from_official(config, parity=False)``, ``config_from_state_dict(state,
 num_heads=None, input_size=None)``, ``from_official(state, model)``, ``to_official(state, config)``.
+
+It may also have ``NESTED``, the keys below which training files hold the weights, and ``UNTOLD``,
+names of settings that no tensor tells and no default should guess: ``config.json`` beside a weight
+file does, and ``config_to_official(config)`` gives what an export writes into it, or None. The
+second function of a scale-wise family also takes ``scales=None``.
 """
 
 from __future__ import annotations
