@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genscale.errors import ConfigError
+
 LOG_VARIANCE = (-30.0, 20.0)  # the bounds that latent diffusion clamps to (arXiv:2112.10752)
 
 
@@ -47,6 +49,24 @@ class Autoencoder(nn.Module):
             decodes: latents will be decoded.
         """
         return []
+
+    def check_pictures(self, images: Tensor) -> None:
+        """Check that images ``(B, C, H, W)`` can be encoded.
+
+        Raises:
+            ConfigError: other channels than it takes, or sizes that do not divide.
+        """
+        channels, height, width = images.shape[1:]
+        if channels != self.image_channels:
+            raise ConfigError(
+                f"autoencoder={type(self).__name__} encodes pictures of {self.image_channels} "
+                f"channel(s), but these have {channels}. Give data.channels={self.image_channels}."
+            )
+        if height % self.downsample or width % self.downsample:
+            raise ConfigError(
+                f"Pictures of {height} x {width} do not divide by autoencoder.downsample="
+                f"{self.downsample}. Give data.resolution as a multiple of it."
+            )
 
     @property
     def protocol_name(self) -> str:

@@ -69,17 +69,7 @@ class KL(Variational):
             ConfigError: no source, pictures of other channels, or sizes that do not divide.
             CheckpointError: the weights cannot be loaded.
         """
-        channels, height, width = images.shape[1:]
-        if channels != self.image_channels:
-            raise ConfigError(
-                f"autoencoder={type(self).__name__} encodes pictures of {self.image_channels} "
-                f"channel(s), but these have {channels}. Give data.channels={self.image_channels}."
-            )
-        if height % self.downsample or width % self.downsample:
-            raise ConfigError(
-                f"Pictures of {height} x {width} do not divide by autoencoder.downsample="
-                f"{self.downsample}. Give data.resolution as a multiple of it."
-            )
+        self.check_pictures(images)
         vae = self._loaded("encode").to(images.device)
         with torch.autocast(images.device.type, enabled=False):
             moments: Tensor = vae.encode(images.float()).latent_dist.parameters

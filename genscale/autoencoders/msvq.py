@@ -136,17 +136,7 @@ class MSVQ(ScaleTokenizer, ModelMixin, ConfigMixin):
         Raises:
             ConfigError: pictures of other channels, or of sizes that do not divide.
         """
-        channels, height, width = images.shape[1:]
-        if channels != self.image_channels:
-            raise ConfigError(
-                f"The tokenizer takes pictures of {self.image_channels} channel(s), but these have "
-                f"{channels}. Give data.channels={self.image_channels}, or another tokenizer."
-            )
-        if height % self.downsample or width % self.downsample:
-            raise ConfigError(
-                f"Pictures of {height} x {width} do not divide by the tokenizer's downsample of "
-                f"{self.downsample}. Give data.resolution as a multiple of it."
-            )
+        self.check_pictures(images)
         with no_autocast(images.device):
             features: Tensor = self.quant_conv(self.encoder(images.float()))
         return features

@@ -286,7 +286,7 @@ class TestFiles:
             read_config(folder)
 
     def test_pictures_that_cannot_be_encoded(self, kl: KL) -> None:
-        with pytest.raises(ConfigError, match=r"1 channel\(s\). Give data.channels=3"):
+        with pytest.raises(ConfigError, match=r"3 channel\(s\), but these have 1. Give data"):
             kl.moments(IMAGES[:, :1])
         with pytest.raises(ConfigError, match="15 x 16 do not divide by"):
             kl.moments(IMAGES[:, :, :15])

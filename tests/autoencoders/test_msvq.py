@@ -230,10 +230,10 @@ class TestMSVQ:
         assert tokens.shape == (2, 1 + 4 + 9 + 24)
 
     def test_pictures_that_do_not_fit_are_refused(self, model: MSVQ) -> None:
-        with pytest.raises(ConfigError, match=r"takes pictures of 1 channel.* have 3. Give data"):
+        with pytest.raises(ConfigError, match=r"encodes pictures of 1 channel.* have 3. Give data"):
             model.tokens(torch.zeros(1, 3, 16, 16))
-        with pytest.raises(ConfigError, match=r"18 x 16 do not divide by .* downsample of 4"):
-            model.tokens(torch.zeros(1, 1, 18, 16))
+        with pytest.raises(ConfigError, match=r"18 x 16 do not divide by autoencoder.downsample=4"):
+            model.check_pictures(torch.zeros(1, 1, 18, 16))
         sentence = (
             r"24 x 24 have latents of 6 x 6, but the last of the scales is 4 x 4. "
             r"Give pictures of 16 x 16, or scales that end with \[6, 6\]"
