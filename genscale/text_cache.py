@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from genscale.conditioning.base import Conditioning
@@ -22,7 +23,6 @@ from genscale.errors import ConfigError
 from genscale.io.files import atomic_write, cache_home
 
 _LAYOUT = "1"  # changes when files of an older layout must not be read any more
-_NAMES = ("tokens", "mask", "pooled")
 
 
 class TextCache:
@@ -80,8 +80,8 @@ class TextCache:
         rows = {prompt: self._row(prompt) for prompt in prompts}
         device = self.encoder.device
         stacked = []
-        for name in _NAMES:
-            whole = torch.stack([rows[prompt][name] for prompt in prompts])
+        for name in ("tokens", "mask", "pooled"):
+            whole = torch.stack([self._padded(rows[prompt], name) for prompt in prompts])
             if device.type == "cuda":
                 whole = whole.pin_memory()  # else the copy would wait for the device
             stacked.append(whole.to(device, non_blocking=True))
@@ -117,8 +117,19 @@ class TextCache:
             ),
         )
 
+    def _padded(self, row: dict[str, Tensor], name: str) -> Tensor:
+        if name == "pooled":
+            return row[name]
+        missing = self.encoder.num_tokens - len(row["tokens"])
+        if name == "mask":
+            return F.pad(row["tokens"].new_ones(len(row["tokens"]), dtype=torch.bool), (0, missing))
+        return F.pad(row["tokens"], (0, 0, 0, missing))
+
     def _row(self, prompt: str) -> dict[str, Tensor]:
-        """Return one prompt's tensors, on the CPU, from the nearest place that has them."""
+        """Return one prompt's tokens, without padding, and pooled vector, on the CPU.
+
+        They come from the nearest place that has them.
+        """
         row = self._kept.get(prompt)
         if row is not None:
             self._kept.move_to_end(prompt)
@@ -127,7 +138,8 @@ class TextCache:
         row = None if file is None else self._read(file)
         if row is None:
             found = self.encoder.encode([prompt], null=True)
-            row = {name: getattr(found, name)[0].cpu() for name in _NAMES}
+            length = int(found.mask[0].sum())
+            row = {"tokens": found.tokens[0, :length].cpu(), "pooled": found.pooled[0].cpu()}
             self.encoded += 1
             if file is not None:
                 self._write(file, row)
@@ -151,15 +163,13 @@ class TextCache:
 
         if not file.is_file():
             return None
-        encoder = self.encoder
-        shapes = [
-            (encoder.num_tokens, encoder.token_size),
-            (encoder.num_tokens,),
-            (encoder.pooled_size,),
-        ]
         try:
             row: dict[str, Tensor] = load_file(file)
-            if [tuple(row[name].shape) for name in _NAMES] == shapes:
+            length, *size = row["tokens"].shape
+            if (size, list(row["pooled"].shape)) == (
+                [self.encoder.token_size],
+                [self.encoder.pooled_size],
+            ) and 0 < length <= self.encoder.num_tokens:
                 return row
         except (SafetensorError, KeyError, OSError, ValueError):
             pass

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from genscale.backbones.base import ScaleBackbone
 from genscale.cli.building import instantiate
 from genscale.cli.resolvers import register_resolvers
+from genscale.conditioning.text import reads_text
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and any(p.glob("*.yaml")))
@@ -22,6 +23,7 @@ ON_DISK |= {("data", "emoji")}
 ON_DISK |= {("data", name) for name in ("latents", "imagenet256_latents", "imagenet512_latents")}
 # filled in from a run by sample.py
 READ_BACK = {("sampler", "run"), ("guidance", "run"), ("autoencoder", "run"), ("metrics", "run")}
+READ_BACK |= {("text_encoder", "run")}
 
 OF_SAMPLING = {"step_cache"}  # groups that training does not have
 
@@ -85,6 +87,11 @@ def test_a_model_alone_is_enough(option: str) -> None:
             list(settings.scales),
         )
         assert cfg.sampler.num_scales == len(model.scales)
+        return
+    if reads_text(model.config):  # captions in place of classes, in colour
+        assert model.sample_shape == (3, 32, 32)
+        assert model.config["num_classes"] == 0
+        assert model.config["text_size"] == cfg.text_encoder.token_size
         return
     assert model.sample_shape == (1, 16, 16)
     assert model.config["num_classes"] == 10

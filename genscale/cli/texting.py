@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _SIZES = ("text_size", "num_text_tokens", "pooled_text_size")
 _EXAMPLES = 16  # captions kept in a run's config
+_PROBES = 500  # captions read to check those that a program writes
 
 
 def text_sizes(model: DictConfig) -> dict[str, int]:
@@ -75,7 +76,10 @@ def caption_problems(encoder: TextEncoder, datamodule: Any) -> list[str]:
         return problems
     for part in (datamodule.train, datamodule.heldout):
         if part is not None and part.captions is not None:
-            problem = encoder.prompt_problem(part.captions, what=f"In '{part.name}', caption")
+            captions = part.captions
+            if not isinstance(captions, list | tuple):  # written when asked for, by a program
+                captions = [captions[i] for i in range(min(len(captions), _PROBES))]
+            problem = encoder.prompt_problem(captions, what=f"In '{part.name}', caption")
             if problem is not None:
                 return [problem]
     return []

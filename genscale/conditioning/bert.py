@@ -47,13 +47,13 @@ class BertLayer(nn.Module):
         self.down = nn.Linear(inner_size, hidden_size)
         self.norm_2 = nn.LayerNorm(hidden_size, eps=eps)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Advance tokens ``(B, N, D)``; ``mask`` ``(B, N)`` bool counts those that are read."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Advance tokens ``(B, N, D)``."""
         q, k, v = (
             each(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, N, d)
             for each in (self.q, self.k, self.v)
         )
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        y = F.scaled_dot_product_attention(q, k, v)
         x = self.norm_1(x + self.out(y.transpose(1, 2).flatten(2)))
         return self.norm_2(x + self.down(F.gelu(self.up(x))))
 
@@ -93,12 +93,12 @@ class Bert(nn.Module):
             BertLayer(hidden_size, num_heads, inner_size, eps) for _ in range(num_layers)
         )
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return ``(B, N, D)`` for ids ``(B, N)`` int64, of which ``mask`` ``(B, N)`` count."""
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return ``(B, N, D)`` for the ids ``(B, N)`` int64 of texts of one length."""
         places = torch.arange(ids.shape[1], device=ids.device)
         x = self.norm(self.words(ids) + self.positions(places) + self.kinds.weight[0])
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x)
         return x
 
 

@@ -91,17 +91,16 @@ class MiniLM(TextEncoder):
     def _encode(self, prompts: list[str]) -> TextEmbedding:
         if self._network is None:
             self._network = self._load().to(self.device)
-        tokenizer = self._tokenizer()
-        ids = torch.zeros(len(prompts), self.num_tokens, dtype=torch.int64)
-        mask = torch.zeros(len(prompts), self.num_tokens, dtype=torch.bool)
-        for i, each in enumerate(tokenizer.encode_batch(prompts)):
+        shape = (len(prompts), self.num_tokens)
+        tokens = torch.zeros(*shape, self.token_size, device=self.device)
+        mask = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        for i, each in enumerate(self._tokenizer().encode_batch(prompts)):
             kept = each.ids
             if len(kept) > self.num_tokens:  # the last one stands for the end
                 kept = [*kept[: self.num_tokens - 1], kept[-1]]
-            ids[i, : len(kept)] = torch.tensor(kept)
+            # one at a time and without padding, of which prompts would have most
+            tokens[i, : len(kept)] = self._network(torch.tensor([kept], device=self.device))[0]
             mask[i, : len(kept)] = True
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        tokens = self._network(ids, mask)
         return TextEmbedding(tokens, mask, masked_mean(tokens, mask))
 
     def _tokenizer(self) -> Any:

@@ -21,8 +21,8 @@ class TextEmbedding:
     """Encoded prompts.
 
     Shapes:
-        tokens: ``(B, N, D)`` float32, padded to the encoder's number of tokens.
-        mask: ``(B, N)`` bool, true where a token belongs to the prompt.
+        tokens: ``(B, N, D)`` float32, padded with zeros to the encoder's number of tokens.
+        mask: ``(B, N)`` bool, true for the first tokens, which belong to the prompt.
         pooled: ``(B, P)`` float32, the prompt as a whole.
     """
 
@@ -80,7 +80,10 @@ class TextEncoder(nn.Module, ABC):
         if problem is not None:
             raise ConfigError(problem)
         with torch.no_grad(), no_autocast(self.device):
-            return self._encode(list(prompts))
+            found = self._encode(list(prompts))
+        # networks put something into the padding, too; nobody is to read it
+        tokens = found.tokens.float().masked_fill(~found.mask[:, :, None], 0.0)
+        return TextEmbedding(tokens, found.mask, found.pooled.float())
 
     def prompt_problem(
         self, prompts: Sequence[str], *, null: bool = False, what: str = "Prompt"
