@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from genscale.data.scenes.grammar import TASKS, Scene, SceneObject, parse_caption
-from genscale.data.scenes.oracle import Agreement, agreement, agreement_of, read_scene
+from genscale.data.scenes.oracle import CaptionAgreement, agreement, agreement_of, read_scene
 from genscale.data.scenes.renderer import render
 from genscale.data.scenes.sampling import CaptionedScene, scene_at
 from genscale.errors import ConfigError, DataError
@@ -79,9 +79,9 @@ def test_noise_of_a_generated_picture_is_tolerated(drawn: list[CaptionedScene]) 
     rng = np.random.default_rng(0)
     good = 0
     for each in drawn[:100]:
-        image = render(each.scene, 32) + rng.normal(0, 8, (3, 32, 32))
+        image = render(each.scene, 32) + rng.normal(0, 12, (3, 32, 32))
         good += agreement(np.clip(image, 0, 255).astype(np.uint8), each.caption).all == 1.0
-    assert good >= 98
+    assert good >= 98  # measured over 300 scenes: all at a spread of 8 levels, 97 % at 16
 
 
 RED_CIRCLE = SceneObject("circle", "red", 0.25, 0.5, 0.3)
@@ -115,7 +115,7 @@ def test_each_result_measures_its_own(
     assert tuple(found.results().values()) == expected
     assert list(found.results()) == ["count", "colour", "shape", "relation", "all"]
     count, colour, shape, relation, everything = expected
-    assert found == Agreement(count, shape, colour, relation)  # type: ignore[arg-type]
+    assert found == CaptionAgreement(count, shape, colour, relation)  # type: ignore[arg-type]
     assert found.all == everything
 
 

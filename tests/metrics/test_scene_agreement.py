@@ -1,4 +1,4 @@
-"""Agreement with captions: known pictures, the level of chance, and its place in a suite."""
+"""Pictures against their captions: known values, the level of chance, the place in a suite."""
 
 from __future__ import annotations
 

@@ -33,6 +33,7 @@ from genscale.errors import DataError
 
 COLOUR_DISTANCE = 0.25  # in linear RGB; farther than this from every colour is background
 SMALLEST_AREA = 0.2  # of the smallest object's nominal area; what is smaller is no object
+NEARLY = 0.15  # of a pixel: shares so close to none or all are none or all
 HOLE_SHARE = 0.06  # of the area with its holes; nominally 0.16, a ring's
 SKEWNESS = -0.28  # of the rows: below it is a triangle, nominally -0.57; all others 0
 ON_DIAGONALS, ON_AXES = -0.21, 0.28  # fourfold moment: square -0.43, circle 0, cross 0.57
@@ -76,14 +77,13 @@ def read_scene(image: NDArray[np.uint8]) -> Scene:
         for label, (rows, columns) in enumerate(ndimage.find_objects(labelled), start=1):
             if areas[label] < least:
                 continue
-            part = labelled[rows, columns] == label
-            holes = int(np.count_nonzero(ndimage.binary_fill_holes(part))) - int(areas[label])
             rows, columns = _widen(rows, side), _widen(columns, side)
-            foreign = (nearest[rows, columns] >= 0) & (labelled[rows, columns] != label)
-            share = _share(image[:, rows, columns], ground, colour) * ~foreign
-            ring = holes >= HOLE_SHARE * (areas[label] + holes)
+            own = labelled[rows, columns] == label
+            share = _share(image[:, rows, columns], ground, colour)
+            share[nearest[rows, columns] >= 0] = 0.0  # other objects
+            share[own] = 1.0
             corner = (columns.start, rows.start)
-            found.append((int(areas[label]), _as_object(share, corner, colour, side, ring=ring)))
+            found.append((int(areas[label]), _as_object(share, corner, colour, side)))
     found.sort(key=lambda pair: -pair[0])
     return Scene(_background(ground), tuple(each for _, each in found))
 
@@ -131,22 +131,26 @@ def _widen(pixels: slice, side: int) -> slice:
 def _share(
     pixels: NDArray[np.uint8], ground: NDArray[np.float64], colour: Colour
 ) -> NDArray[np.float64]:
-    """Return how much of each pixel ``(h, w)`` an object covers, 0 to 1."""
+    """Return how much of each pixel ``(h, w)`` an object covers, 0 to 1.
+
+    What is nearly 0 or 1 is taken for it: noise far from the centre would weigh on moments.
+    """
     direction = np.array(COLOURS[colour]) - ground
     along = np.einsum("c,chw->hw", direction, pixels - ground[:, None, None])
-    share: NDArray[np.float64] = np.clip(along / (direction @ direction), 0.0, 1.0)
-    return share
+    share = along / (direction @ direction)
+    certain: NDArray[np.float64] = np.clip((share - NEARLY) / (1 - 2 * NEARLY), 0.0, 1.0)
+    return certain
 
 
 def _as_object(
-    share: NDArray[np.float64], corner: tuple[int, int], colour: Colour, side: int, *, ring: bool
+    share: NDArray[np.float64], corner: tuple[int, int], colour: Colour, side: int
 ) -> SceneObject:
     """Tell shape, centre and size from the share of each pixel that is covered."""
     area = float(share.sum())
     rows, columns = share.sum(1), share.sum(0)
     y, x = (np.arange(len(sums), dtype=np.float64) for sums in (rows, columns))
     y, x = y - float(rows @ y) / area, x - float(columns @ x) / area
-    shape = "ring" if ring else _shape_of(share, x, y)
+    shape = _shape_of(share, x, y)
     size = math.sqrt(area / _FILL[shape])
     centre_x, centre_y = corner[0] - float(x[0]) + 0.5, corner[1] - float(y[0]) + 0.5
     if shape == "triangle":
@@ -155,11 +159,15 @@ def _as_object(
 
 
 def _shape_of(share: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]) -> Shape:
-    """Tell a shape without a hole by two moments about its centre of mass.
+    """Tell a shape by its hole, or by two moments about its centre of mass.
 
     The skewness of the rows tells the triangle. The mean of r^4 cos(4 angle) over the mean of
     r^4 is 0 for a disc, negative for mass on the diagonals, positive for mass on the axes.
     """
+    part = share > 0.5
+    filled = int(np.count_nonzero(ndimage.binary_fill_holes(part)))
+    if filled - int(np.count_nonzero(part)) > HOLE_SHARE * filled:
+        return "ring"
     rows = share.sum(1)
     variance = float(rows @ y**2) / float(rows.sum())
     third = float(rows @ y**3) / float(rows.sum())
@@ -174,7 +182,7 @@ def _shape_of(share: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class CaptionAgreement:
     """How well a picture shows what a caption says.
 
     Attributes:
@@ -208,7 +216,7 @@ class Agreement:
         }
 
 
-def agreement(image: NDArray[np.uint8], caption: str) -> Agreement:
+def agreement(image: NDArray[np.uint8], caption: str) -> CaptionAgreement:
     """Return how well a picture shows what a caption says.
 
     Args:
@@ -222,8 +230,8 @@ def agreement(image: NDArray[np.uint8], caption: str) -> Agreement:
     return agreement_of(read_scene(image).objects, parse_caption(caption))
 
 
-def agreement_of(objects: Sequence[SceneObject], asked: Requirement) -> Agreement:
-    """Return how well objects meet a requirement; see :class:`Agreement`."""
+def agreement_of(objects: Sequence[SceneObject], asked: Requirement) -> CaptionAgreement:
+    """Return how well objects meet a requirement; see :class:`CaptionAgreement`."""
     shape = _matched([(None, each) for _, each in asked.objects], objects)
     coloured = all(colour is not None for colour, _ in asked.objects)
     relation = None
@@ -234,7 +242,7 @@ def agreement_of(objects: Sequence[SceneObject], asked: Requirement) -> Agreemen
         relation = float(
             any(a is not b and holds(asked.relation, a, b) for a in first for b in second)
         )
-    return Agreement(
+    return CaptionAgreement(
         count=float(len(objects) == asked.count),
         shape=shape,
         colour=_matched(asked.objects, objects) if coloured else None,
