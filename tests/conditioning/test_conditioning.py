@@ -94,3 +94,62 @@ class TestLabelLaws:
             labels_for("evenly", torch.arange(3), num_classes=10, seed=0)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="class 10, but the model knows classes 0 to 9"):
             labels_for([10], torch.arange(3), num_classes=10, seed=0)
+
+
+def with_negative() -> Conditioning:
+    return Conditioning(
+        labels=torch.tensor([4, 5, 6]),
+        text=torch.arange(48.0).view(3, 2, 8),
+        text_mask=torch.ones(3, 2, dtype=torch.bool),
+        pooled_text=torch.ones(3, 4),
+        requests=("a", "b", "c"),
+        negative=Conditioning(
+            text=-torch.ones(1, 2, 8).expand(3, -1, -1) * torch.arange(1, 4)[:, None, None],
+            text_mask=torch.tensor([[True, False]]).expand(3, -1),
+            pooled_text=torch.full((3, 4), 7.0),
+        ),
+    )
+
+
+class TestNegative:
+    """Text that is dropped becomes the negative text, where there is one."""
+
+    def test_null_is_the_negative_text_and_the_null_class(self) -> None:
+        cond = with_negative()
+        null = cond.null()
+        assert cond.negative is not None
+        for name in ("text", "text_mask", "pooled_text"):
+            assert torch.equal(getattr(null, name), getattr(cond.negative, name))
+        assert null.labels is not None
+        assert null.labels.tolist() == [NULL_LABEL] * 3
+
+    def test_drop_replaces_masked_rows_only(self) -> None:
+        cond = with_negative()
+        dropped = cond.drop(torch.tensor([False, True, False]))
+        assert dropped.text is not None
+        assert cond.text is not None
+        assert cond.negative is not None
+        assert cond.negative.text is not None
+        assert torch.equal(dropped.text[[0, 2]], cond.text[[0, 2]])
+        assert torch.equal(dropped.text[1], cond.negative.text[1])
+        assert dropped.text_mask is not None
+        assert dropped.text_mask.tolist() == [[True, True], [True, False], [True, True]]
+
+    def test_it_follows_its_samples(self) -> None:
+        cond = with_negative()
+        picked = Conditioning.cat([cond.select(torch.tensor([2])), cond.select(torch.tensor([0]))])
+        assert picked.negative is not None
+        assert picked.negative.text is not None
+        assert picked.negative.text[:, 0, 0].tolist() == [-3.0, -1.0]
+        assert picked.repeat(2).negative is not None
+        assert len(picked.repeat(2).negative or ()) == 4
+        moved = cond.to("meta").negative
+        assert moved is not None
+        assert moved.text is not None
+        assert moved.text.device.type == "meta"
+
+    def test_a_field_that_the_negative_lacks_is_zeroed(self) -> None:
+        cond = Conditioning(text=torch.ones(1, 2, 3), negative=Conditioning())
+        null = cond.null()
+        assert null.text is not None
+        assert not null.text.any()
