@@ -29,6 +29,7 @@ _LOWER = ("fid", "sfid", "mifid", "fd_", "kid", "copy_rate")
 _HIGHER = (
     *("precision", "recall", "density", "coverage", "inception_score"),
     *("label_agreement", "judge_accuracy", "samples_to_real", "scene_"),
+    *("psnr", "ssim", "codes_used"),
 )
 _FIRST = ("floor", "chance", "std")  # what the value is to be read against
 _NO_NEWS = ("seconds",)  # details that are the same story as the table's foot

@@ -12,6 +12,7 @@ from genscale.report.metrics_table import describe, metric_tables, protocol_list
 from genscale.report.pictures import picture
 
 _MAX_SAMPLE_SETS = 4
+_USAGE = "train/usage/"  # of each scale of a tokenizer
 _SEPARATE = {
     "train/learning_rate": "learning rate",
     "train/gradient_norm": "gradient norm",
@@ -115,7 +116,13 @@ def curves(run: RunContents) -> Markup:
     losses = [line for line in losses if line.points]
     if losses:
         charts.append(line_chart("loss", losses))
-    others = [n for n in run.series_names("train/") if n not in _SEPARATE and "loss" not in n]
+    usage = run.series_names(_USAGE)
+    lines = [Line(name.removeprefix(_USAGE), run.series(name)) for name in usage]
+    if any(line.points for line in lines):
+        title = "share of the codebook in use, by scale"
+        charts.append(line_chart(title, lines, logarithmic=False))
+    others = [n for n in run.series_names("train/") if n not in (*_SEPARATE, *usage)]
+    others = [name for name in others if "loss" not in name]
     for name in [*_SEPARATE, *(n for n in others if n != "train/gflops_per_second")]:
         points = run.series(name)
         if not points or (name == "train/skipped_steps" and not any(y for _, y in points)):
@@ -145,6 +152,11 @@ def curves(run: RunContents) -> Markup:
     return section("Curves", *parts)
 
 
+def _reconstructs(run: RunContents) -> bool:
+    """Return whether the run trained an autoencoder: its grids are pictures and reconstructions."""
+    return "Reconstruction" in str(mapping(run.config.get("objective")).get("_target_"))
+
+
 def progress(run: RunContents) -> Markup:
     """Show the first, the middle and the last sample grid of the training."""
     grids = list(run.step_grids.items())
@@ -155,7 +167,8 @@ def progress(run: RunContents) -> Markup:
         picture(path, f"step {step:,}", alt=f"samples at step {step:,}")
         for step, path in (grids[index] for index in chosen)
     ]
-    note = element("p", "The same noise and labels at every step.", class_="note")
+    same = "pictures" if _reconstructs(run) else "noise and labels"
+    note = element("p", f"The same {same} at every step.", class_="note")
     return section("During training", element("div", *shown, class_="row"), note)
 
 

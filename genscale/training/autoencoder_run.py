@@ -100,11 +100,22 @@ def reconstruct(network: Autoencoder, images: Tensor) -> Tensor:
 
 def count_flops(network: Any, channels: int, resolution: int) -> dict[str, int]:
     """Count the forward operations of one picture, by direct part; the total under ``""``."""
-    twin = meta_twin(network)
+    both = _Both(meta_twin(network))
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        reconstruct(twin, torch.empty(1, channels, resolution, resolution, device="meta"))
+    with counter:
+        both(torch.empty(1, channels, resolution, resolution, device="meta"))
     found = {"": counter.get_total_flops()}
     for name, operations in counter.get_flop_counts().items():
-        found[name.rpartition(".")[2] if "." in name else name] = sum(operations.values())
+        found[name.removeprefix("_Both.network.")] = sum(operations.values())
     return found
+
+
+class _Both(nn.Module):
+    """Encoding and decoding as one module, for what counts operations by module."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return reconstruct(self.network, images)
