@@ -116,7 +116,7 @@ def measure(suite: EvaluationSuite, batches: Iterable[Generated]) -> float:
     """Feed batches of samples to the suite and return the mean network evaluations of a sample."""
     spent, count = 0.0, 0
     for batch in batches:
-        suite.update(batch.images, batch.labels, batch.ids)
+        suite.update(batch.images, batch.labels, batch.ids, batch.captions)
         spent += float(batch.nfe.sum())
         count += len(batch.ids)
     return spent / max(count, 1)

@@ -45,10 +45,13 @@ def settings(run: Path, **changes: Any) -> Any:
         "num_samples": 6,
         "batch_size": 4,
         "labels": "balanced",
+        "prompts": None,
+        "negative_prompt": None,
         "seed": 0,
         "sampler": {"_target_": None, "steps": None},
         "guidance": {"_target_": None, "scale": None, "interval": None},
         "autoencoder": {"source": None},
+        "text_encoder": {"source": None, "second_source": None},
     }
     return OmegaConf.create(node | changes)
 
@@ -122,7 +125,10 @@ class TestLoading:
         cfg = OmegaConf.create(RunFolder(trained_run).config())
         model = GenerationPipeline.from_run(trained_run, device="cpu")
         module = SimpleNamespace(
-            ema=model.model, autoencoder=model.autoencoder, objective=model.objective
+            ema=model.model,
+            autoencoder=model.autoencoder,
+            objective=model.objective,
+            text=None,
         )
         pipeline = module_pipeline(cfg, module)
         assert pipeline.model is module.ema  # shared, not copied
