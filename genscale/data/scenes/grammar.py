@@ -47,7 +47,7 @@ BACKGROUNDS: dict[Background, tuple[int, int, int]] = {
     "maroon": (88, 0, 0),
     "forest": (0, 72, 0),
 }
-"""Colours behind objects: dark, 0.89 or more in linear RGB from every colour of an object."""
+"""Colours behind objects: dark, 0.9 or more in linear RGB from every colour of an object."""
 
 NUMBERS = ("one", "two", "three", "four", "five", "six")
 MAX_OBJECTS = len(NUMBERS)
