@@ -127,12 +127,6 @@ def to_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[
         ConfigError: oblong scales, which the official layout cannot hold.
     """
     model: MVAR = on_meta(MVAR, config)
-    oblong = [scale for scale in model.scales if scale[0] != scale[1]]
-    if oblong:
-        raise ConfigError(
-            f"The official M-VAR has square scales, but the model has {list(oblong[0])}. Save it "
-            "with save_pretrained instead."
-        )
     official = scale_wise.save(state, model, family="M-VAR", extra=_SCAN)
     reference = next(iter(official.values()))
     sides = torch.tensor([side for side, _ in model.scales], device=reference.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from genscale.backbones.base import ScaleBackbone
 from genscale.errors import CheckpointError, ConfigError
+from genscale.io.converters.msvq import PUBLISHED_SCALES
 from genscale.io.keys import (
     check_keys,
     check_shapes,
@@ -57,12 +58,6 @@ _AXES = {"pos_start": 1, "pos_1LC": 1, "scale_mul_1H11": (1, 2), "ada_gss": 2}
 _DERIVED = re.compile(
     r"lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.(zero_k_bias|patch_nums|mat_qkv\.bias)"
 )
-# counts of tokens tell the published lists where a file does not hold the levels of tokens
-_KNOWN_SCALES = (
-    (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-    (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
-    (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
-)
 _PREFIX = "_orig_mod."  # of compiled modules
 
 
@@ -97,7 +92,7 @@ def settings_from_official(config: Mapping[str, Any], *, family: str) -> dict[st
         )
     tokenizer = {**config, **config.get("vae", {})}
     return {
-        "scales": list(config.get("patch_nums", _KNOWN_SCALES[0])),
+        "scales": list(config.get("patch_nums", PUBLISHED_SCALES[16])),
         "latent_channels": tokenizer.get("Cvae", 32),
         "vocab_size": tokenizer.get("vocab_size", 4096),
         "num_classes": config.get("num_classes", 1000),
@@ -203,7 +198,14 @@ def save(
 
     Raises:
         CheckpointError: keys are missing or left over.
+        ConfigError: oblong scales, which the official layouts cannot hold.
     """
+    oblong = [scale for scale in model.scales if scale[0] != scale[1]]
+    if oblong:
+        raise ConfigError(
+            f"The official {family} has square scales, but the model has {list(oblong[0])}. Save "
+            "it with save_pretrained instead."
+        )
     check_keys(
         state,
         model.state_dict(),
@@ -307,7 +309,7 @@ def read_scales(state: Mapping[str, Tensor]) -> list[int]:
         roots = [math.isqrt(size) for size in sizes]
         if all(root * root == size for root, size in zip(roots, sizes, strict=True)):
             return roots
-    for known in reversed(_KNOWN_SCALES):
+    for known in reversed(PUBLISHED_SCALES.values()):
         if len(known) == count and tokens in (None, sum(side * side for side in known)):
             return list(known)
     raise CheckpointError(

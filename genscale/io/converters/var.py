@@ -51,8 +51,8 @@ def config_from_state_dict(
         num_heads: attention heads, which a file without learned factors does not tell; default:
             64 channels a head.
         input_size: not read; the scales tell the size.
-        scales: the scales, where the file does not tell them: oblong ones, or unpublished ones in
-            a file without the levels of tokens.
+        scales: the scales, where the file does not tell them: unpublished ones in a file without
+            the levels of tokens.
 
     Returns:
         Keyword arguments of :class:`~genscale.backbones.var.VAR`.
@@ -97,6 +97,7 @@ def to_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[
 
     Raises:
         CheckpointError: keys are missing or left over.
+        ConfigError: oblong scales, which the official layout cannot hold.
     """
     model: VAR = on_meta(VAR, config)
     official = scale_wise.save(state, model, family="VAR")
