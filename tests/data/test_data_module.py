@@ -234,3 +234,36 @@ def test_lightning_resumes_at_the_sample_after_the_last_one_trained_on(
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
     second, _ = fit(5, tmp_path / "stopped.ckpt")
     assert second.seen == list(range(24, 40))
+
+
+class TestCaptions:
+    def module(self, **settings: Any) -> ImageDataModule:
+        images = small_set()
+        captions = [f"picture {row}" for row in range(len(images))]
+        captioned = TensorImages(images.images(range(20)), captions=captions, name="set")
+        return attach(ImageDataModule(captioned, batch_size=6, seed=5, **settings))
+
+    def test_batches_carry_them_when_a_model_asks(self) -> None:
+        module = self.module()
+        assert "caption" not in read(module, 1)[0]
+        module.with_captions = True
+        for batch in read(module, 4):
+            rows = batch["image"][:, 0, 0, 0].tolist()  # the first pixel is the row's number
+            assert batch["caption"] == [f"picture {row}" for row in rows]
+
+    def test_they_change_neither_order_nor_pictures(self) -> None:
+        without, with_them = self.module(flip=True), self.module(flip=True)
+        with_them.with_captions = True
+        assert same(read(without, 4), read(with_them, 4))
+
+    def test_a_set_without_any_carries_none(self) -> None:
+        module = attach(ImageDataModule(small_set(), batch_size=6))
+        module.with_captions = True
+        assert "caption" not in read(module, 1)[0]
+
+    def test_a_resumed_module_goes_on_with_the_next_ones(self) -> None:
+        module = self.module()
+        module.with_captions = True
+        whole = read(module, 4)
+        module.samples_seen = 12
+        assert [b["caption"] for b in read(module, 2)] == [b["caption"] for b in whole[2:]]
