@@ -49,12 +49,12 @@ class CodebookSettings:
     def __post_init__(self) -> None:
         if self.learned_by not in ("average", "gradient"):
             raise ConfigError(
-                "objective.codebook must be average or gradient, but "
+                "objective.codebook.learned_by must be average or gradient, but "
                 f"'{self.learned_by}' was given."
             )
         if not 0 <= self.decay < 1 or self.kmeans_iterations < 0 or not 0 <= self.restart_below < 1:
             raise ConfigError(
-                "objective.codebook_decay and restart_below must be in [0, 1) and "
+                "objective.codebook.decay and restart_below must be in [0, 1) and "
                 f"kmeans_iterations at least 0, but {self.decay}, {self.restart_below} and "
                 f"{self.kmeans_iterations} were given. Give e.g. 0.98, 0.05 and 20."
             )
@@ -262,8 +262,10 @@ def _gathered(tensor: Tensor) -> Tensor:
 def kmeans(rows: Tensor, count: int, *, iterations: int, key: Tensor) -> Tensor:
     """Return ``count`` centres of rows ``(N, C)`` by Lloyd's algorithm; the same for a key.
 
-    Starts at keyed rows. A centre that no row is nearest to becomes one of the rows that are
-    farthest from theirs. Of fewer rows than centres, rows are repeated.
+    Starts at rows that are drawn one by one, with a probability that grows with the squared
+    distance to those before (Arthur and Vassilvitskii, SODA 2007). A centre that no row is nearest
+    to becomes one of the rows that are farthest from theirs. Of fewer rows than centres, rows are
+    repeated.
 
     Args:
         rows: at least one.
@@ -271,8 +273,7 @@ def kmeans(rows: Tensor, count: int, *, iterations: int, key: Tensor) -> Tensor:
         iterations: rounds of assignment and averaging.
         key: of the draw; see :func:`genscale.rng.key`.
     """
-    order = rng.permutation(key, len(rows)).to(rows.device)
-    centres = rows[order[torch.arange(count, device=rows.device) % len(rows)]].clone()
+    centres = _spread_rows(rows, rng.uniform(key, (count,)).to(rows.device))
     for _ in range(iterations):
         distances = torch.cdist(rows, centres)
         nearest = distances.min(1)
@@ -284,3 +285,16 @@ def kmeans(rows: Tensor, count: int, *, iterations: int, key: Tensor) -> Tensor:
         means = sums / sizes.clamp(min=1)[:, None]
         centres = torch.where((sizes == 0)[:, None], rows[far[rank]], means)
     return centres
+
+
+def _spread_rows(rows: Tensor, draws: Tensor) -> Tensor:
+    """Return one row for each of the uniform draws, far from one another."""
+    nearest = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+    chosen = []
+    for draw in draws:
+        steps = nearest.cumsum(0)
+        place = torch.searchsorted(steps, draw * steps[-1], right=True).clamp(max=len(rows) - 1)
+        chosen.append(rows[place])
+        distances = (rows - chosen[-1]).square().sum(1).double()
+        nearest = distances if len(chosen) == 1 else torch.minimum(nearest, distances)
+    return torch.stack(chosen)

@@ -153,9 +153,7 @@ class TestTokenizerRun:
         protocol = record["protocols"][found["psnr"]["protocol"]]
         assert (protocol["reference"], protocol["weights"]) == ("digits-8-heldout", "ema_0.998")
         # in other batches, the same numbers
-        again = command(
-            "evaluate", f"run={tokenizer_run}", f"out_dir={tmp_path}/b", "batch_size=7"
-        )
+        again = command("evaluate", f"run={tokenizer_run}", f"out_dir={tmp_path}/b", "batch_size=7")
         assert again.status == 0, again.err
         other = json.loads((tmp_path / "b" / "metrics.json").read_text())
         assert other["metrics"][0]["value"] == pytest.approx(found["psnr"]["value"], abs=1e-3)
@@ -204,7 +202,11 @@ class TestRefused:
             (("model=kl_small", "objective.kl_weight=-1"), "objective.kl_weight must be 0 or more"),
             (("model=msvq", "data.resolution=18"), "does not divide by"),
             (
-                ("model=msvq", "objective.adversarial_weight=1", "objective.discriminator_layers=5"),
+                (
+                    "model=msvq",
+                    "objective.adversarial_weight=1",
+                    "objective.discriminator_layers=5",
+                ),
                 "needs pictures of 32 pixels a side",
             ),
             (
@@ -232,7 +234,9 @@ def test_a_latent_model_on_a_kl_autoencoder(command: Any, tmp_path: Path) -> Non
     with torch.no_grad():
         latents = trained.encode(images).double()
         network, _ = load_autoencoder(tmp_path / "kl", device="cpu")
-        assert float((reconstruct(trained, images) - reconstruct(network, images)).abs().max()) < 1e-5
+        assert (
+            float((reconstruct(trained, images) - reconstruct(network, images)).abs().max()) < 1e-5
+        )
     assert float(latents.mean()) == pytest.approx(0, abs=1e-4)
     assert float(latents.std()) == pytest.approx(1, abs=1e-4)
     answer = command(
