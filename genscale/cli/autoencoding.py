@@ -38,8 +38,26 @@ def autoencoder_problems(cfg: DictConfig, datamodule: Any) -> list[str]:
         if measures:
             datamodule.pictures()  # what samples are compared with
     else:
+        if not problems:  # else the sizes are not known yet
+            problems += size_problems(autoencoder, datamodule.resolution)
         problems += channel_problems(autoencoder, datamodule.channels)
     return problems
+
+
+def size_problems(autoencoder: Autoencoder, resolution: int) -> list[str]:
+    """Return a sentence where pictures are not of the size that a tokenizer's scales are for."""
+    from genscale.autoencoders.base import ScaleTokenizer
+
+    if not isinstance(autoencoder, ScaleTokenizer):
+        return []
+    sizes = tuple(side * autoencoder.downsample for side in autoencoder.scales[-1])
+    if sizes == (resolution, resolution):
+        return []
+    return [
+        f"data.resolution={resolution}, but the tokenizer's scales end with "
+        f"{list(autoencoder.scales[-1])}, for pictures of {sizes[0]} x {sizes[1]}. Give pictures "
+        f"of this size, or autoencoder.scales=[...] that end with the size of their latents."
+    ]
 
 
 def channel_problems(autoencoder: Autoencoder, channels: int) -> list[str]:

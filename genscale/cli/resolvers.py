@@ -78,19 +78,17 @@ def tokenizer(run: str | None, setting: str, otherwise: Any) -> Any:
     """Return what a trained tokenizer says of itself, so that a network fits it.
 
     Args:
-        run: its folder; ``otherwise`` is returned where there is none yet.
+        run: its folder. Where there is none, or none of a tokenizer, ``otherwise`` is returned: the
+            autoencoder's own check says so once, before anything is trained or sampled.
         setting: ``scales``, ``vocab_size``, ``latent_channels``, ``downsample`` or
             ``image_channels``.
         otherwise: what stands in.
-
-    Raises:
-        CheckpointError: the folder holds no tokenizer.
     """
     if run is None:
         return otherwise
-    from genscale.autoencoders.msvq_folder import read_settings
+    from genscale.autoencoders.msvq_folder import holds_tokenizer, read_settings
 
-    return read_settings(run)[setting]
+    return read_settings(run)[setting] if holds_tokenizer(run) else otherwise
 
 
 def register_resolvers() -> None:

@@ -29,6 +29,7 @@ from genscale.autoencoders.vq_layers import (
     SpatialAttention,
     Upsample,
 )
+from genscale.cli.autoencoding import size_problems
 from genscale.cli.resolvers import register_resolvers, tokenizer
 from genscale.errors import CheckpointError, ConfigError
 from genscale.rng import key, normal
@@ -392,6 +393,7 @@ class TestTrainedMSVQ:
 
     def test_configs_read_what_a_network_must_know(self, folder: Path) -> None:
         assert tokenizer(None, "vocab_size", 5) == 5
+        assert tokenizer(str(folder / "gone"), "vocab_size", 5) == 5  # the check tells
         assert tokenizer(str(folder), "vocab_size", 5) == 128
         register_resolvers()
         node = OmegaConf.create(
@@ -403,6 +405,14 @@ class TestTrainedMSVQ:
         assert list(node.model.scales) == [1, 3]
         node.autoencoder.run = str(folder)
         assert list(node.model.scales) == [1, 2, 4]
+
+    def test_data_of_another_size_are_refused_before_a_run(self, folder: Path) -> None:
+        trained = TrainedMSVQ(run=str(folder))
+        assert size_problems(trained, 16) == []
+        assert size_problems(Identity(latent_channels=3), 24) == []
+        (sentence,) = size_problems(trained, 24)
+        assert sentence.startswith("data.resolution=24, but the tokenizer's scales end with [4, 4]")
+        assert "for pictures of 16 x 16" in sentence
 
     def test_pixels_are_no_tokens(self) -> None:
         assert not isinstance(Identity(latent_channels=3), ScaleTokenizer)
