@@ -24,7 +24,9 @@ ON_DISK |= {("data", name) for name in ("latents", "imagenet256_latents", "image
 # filled in from a run by sample.py
 READ_BACK = {("sampler", "run"), ("guidance", "run"), ("autoencoder", "run"), ("metrics", "run")}
 READ_BACK |= {("text_encoder", "run")}
+READ_BACK |= {("sampler", "none")}  # says that there is none
 
+AUTOENCODERS = {"msvq", "kl_small"}  # trained like a backbone, and none
 OF_SAMPLING = {"step_cache"}  # groups that training does not have
 
 
@@ -72,7 +74,7 @@ def test_every_file_says_what_it_is(group: str) -> None:
         assert lines[0].startswith("# "), f"{path.name} starts without a comment"
 
 
-@pytest.mark.parametrize("option", [o for o in options("model")])
+@pytest.mark.parametrize("option", [o for o in options("model") if o not in AUTOENCODERS])
 def test_a_model_alone_is_enough(option: str) -> None:
     cfg = composed("train", [f"model={option}"])
     with torch.device("meta"):
@@ -96,6 +98,22 @@ def test_a_model_alone_is_enough(option: str) -> None:
     assert model.sample_shape == (1, 16, 16)
     assert model.config["num_classes"] == 10
     assert objective.view(model).sample_shape == model.sample_shape
+
+
+@pytest.mark.parametrize("option", sorted(AUTOENCODERS))
+def test_an_autoencoder_alone_is_enough(option: str) -> None:
+    cfg = composed("train", [f"model={option}", "data=scenes"])
+    with torch.device("meta"):
+        model = instantiate(cfg.model, "model")
+    training = instantiate(cfg.objective, "objective").build(model, seed=0)
+    assert training.model is model
+    # the sizes follow from the data
+    assert model.sample_shape == (3, cfg.data.resolution, cfg.data.resolution)
+    side = cfg.data.resolution // model.downsample
+    if option == "msvq":
+        sides = [h for h, w in model.scales]
+        assert sides[:3] == [1, 2, 4]
+        assert sides[-1] == side
 
 
 def test_an_explicit_objective_wins_over_the_model() -> None:
