@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from genscale.backbones.base import parameter_count
@@ -20,6 +21,8 @@ from genscale.backbones.switti import (
     SwittiBlock,
     crop_numbers,
 )
+from genscale.cli.building import instantiate
+from genscale.cli.resolvers import register_resolvers
 from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
 from genscale.guidance.scale_wise import ScaleGuidance
@@ -28,6 +31,7 @@ from genscale.layers.scale_rope import scale_rotation
 from genscale.objectives.memory import cat_tensors, take_rows
 from genscale.objectives.scale_view import ScaleView
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
 TINY: dict[str, Any] = {
     "scales": [1, 2, [2, 3]],
     "latent_channels": 3,
@@ -106,6 +110,28 @@ def test_published_sizes(depth: int, with_crop: float, without: float | None) ->
     if without is not None:
         model = on_meta(**size, crop_condition=False)
         assert parameter_count(model) / 1e6 == pytest.approx(without, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "use_ar", "tokens"),
+    [
+        ("switti_512", False, 2240),
+        ("switti_512_ar", True, 2240),
+        ("switti_1024", False, 9451),
+        ("switti_1024_ar", True, 9451),
+    ],
+)
+def test_published_configs(name: str, use_ar: bool, tokens: int) -> None:
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=[f"model={name}"])
+    with torch.device("meta"):
+        model = instantiate(cfg.model, "model")
+    assert parameter_count(model) / 1e6 == pytest.approx(2470.5, abs=0.05)
+    assert model.needs_prefix is use_ar
+    assert model.embed.spans[-1][1] == tokens
+    assert (cfg.text_encoder.token_size, cfg.text_encoder.pooled_size) == (2048, 1280)
+    assert model.config["num_text_tokens"] == 77
 
 
 def test_operations_of_self_attention() -> None:
