@@ -12,6 +12,7 @@ from genscale.cli.numbers import check_numbers
 from genscale.errors import ConfigError, did_you_mean
 
 FORMATS = ("grid", "png", "npz")
+CAPTION_LINES = 4  # that a prompt takes below a picture
 
 
 def run(cfg: DictConfig) -> None:
@@ -140,7 +141,8 @@ def _write(
     from genscale.prompts import as_file_name
 
     grid = folder / "grid.png"
-    save_grid(images, grid, columns=grid_columns(cfg, pipeline, captions), captions=captions)
+    columns = grid_columns(cfg, pipeline, captions)
+    save_grid(images, grid, columns=columns, captions=captions, caption_lines=CAPTION_LINES)
     if cfg.format == "npz":
         path = folder / "samples.npz"
         arrays = images.permute(0, 2, 3, 1).contiguous().numpy()

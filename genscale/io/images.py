@@ -17,7 +17,7 @@ from genscale.errors import DataError
 from genscale.io.files import atomic_write
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageFont
 
 _CELL = 96  # a tiny picture is enlarged by whole factors to about this many pixels,
 _WIDEST = 2048  # unless the grid would grow wider than this
@@ -91,6 +91,7 @@ def grid_image(
     *,
     columns: int | None = None,
     captions: Sequence[str] | None = None,
+    caption_lines: int = 1,
     row_labels: Sequence[str] | None = None,
     scale: int | None = None,
     title: str | None = None,
@@ -101,6 +102,7 @@ def grid_image(
         images: ``(n, C, H, W)`` with 1 or 3 channels, uint8 or floating point in [-1, 1].
         columns: pictures a row; by default a count near the square root that fills all rows.
         captions: one a picture, drawn below it and shortened to its width.
+        caption_lines: lines that a caption may take before it is shortened.
         row_labels: one a row, drawn to its left.
         scale: whole factor by which pictures are enlarged without smoothing; by default tiny
             pictures are brought to about 96 pixels.
@@ -126,12 +128,14 @@ def grid_image(
 
     text, heading = _font(_TEXT_SIZE), _font(_TITLE_SIZE)
     line = _TEXT_SIZE + 5
+    below = [_in_lines(caption, cell_width, caption_lines, text) for caption in captions or ()]
+    lines = max((len(each) for each in below), default=0)
     left = _GUTTER
     if row_labels is not None:
         left += max(math.ceil(text.getlength(word)) for word in row_labels) + 2 * _GUTTER
     top = _GUTTER + (_TITLE_SIZE + 12 if title else 0)
     step_x = cell_width + _GUTTER
-    step_y = cell_height + _GUTTER + (line if captions is not None else 0)
+    step_y = cell_height + _GUTTER + lines * line
     total_width = left + columns * step_x
     if title:
         total_width = max(total_width, math.ceil(heading.getlength(title)) + 4 * _GUTTER)
@@ -147,8 +151,9 @@ def grid_image(
             (cell_width, cell_height), Image.Resampling.NEAREST
         )
         paper.paste(picture, (x, y))
-        if captions is not None:
-            _write_below(draw, captions[index], x, y + cell_height, cell_width, text)
+        for number, words in enumerate(below[index] if below else ()):
+            middle = (x + cell_width // 2, y + cell_height + 2 + number * line)
+            draw.text(middle, words, fill=_INK, font=text, anchor="ma")
     for row, word in enumerate(row_labels or ()):
         middle = top + row * step_y + cell_height // 2
         draw.text((left - 2 * _GUTTER, middle), word, fill=_INK, font=text, anchor="rm")
@@ -161,6 +166,7 @@ def save_grid(
     *,
     columns: int | None = None,
     captions: Sequence[str] | None = None,
+    caption_lines: int = 1,
     row_labels: Sequence[str] | None = None,
     scale: int | None = None,
     title: str | None = None,
@@ -170,6 +176,7 @@ def save_grid(
         images,
         columns=columns,
         captions=captions,
+        caption_lines=caption_lines,
         row_labels=row_labels,
         scale=scale,
         title=title,
@@ -338,17 +345,28 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _write_below(
-    draw: ImageDraw.ImageDraw,
-    word: str,
-    x: int,
-    y: int,
-    width: int,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-) -> None:
-    """Write a caption centred below a cell, shortened with dots until it fits."""
-    shown = word
-    while font.getlength(shown) > width and len(word) > 1:
-        word = word[:-1]
-        shown = word.rstrip() + ".."
-    draw.text((x + width // 2, y + 2), shown, fill=_INK, font=font, anchor="ma")
+def _in_lines(
+    caption: str, width: int, most: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> list[str]:
+    """Break a caption between words into ``most`` lines at most, the last one shortened.
+
+    Words that are wider than the cell are shortened, too.
+    """
+    lines: list[str] = []
+    words = caption.split(" ")
+    while words and len(lines) < most - 1:
+        taken = 1
+        while taken < len(words) and font.getlength(" ".join(words[: taken + 1])) <= width:
+            taken += 1
+        lines.append(_shortened(" ".join(words[:taken]), width, font))
+        words = words[taken:]
+    return [*lines, _shortened(" ".join(words), width, font)] if words else lines
+
+
+def _shortened(words: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Shorten words with dots until they fit."""
+    shown = words
+    while font.getlength(shown) > width and len(words) > 1:
+        words = words[:-1]
+        shown = words.rstrip() + ".."
+    return shown

@@ -109,6 +109,20 @@ def test_a_grid_shows_each_picture_in_its_place_without_smoothing() -> None:
     assert (grid[:4] == 255).all()  # paper
 
 
+def test_captions_are_broken_between_words() -> None:
+    images = torch.full((2, 1, 96, 96), 255, dtype=torch.uint8)
+    words = "three small red circles left of a blue square"
+    one = grid_image(images, columns=2, captions=[words, "a"])
+    assert one.size[1] == 96 + 18 + 2 * 4
+    several = grid_image(images, columns=2, captions=[words, "a"], caption_lines=9)
+    lines = (several.size[1] - 96 - 2 * 4) // 18
+    assert 3 <= lines <= 5  # some 14 characters a line
+    assert grid_image(images, columns=2, captions=["a", "b"], caption_lines=9).size == one.size
+    below = np.array(several)[100:]
+    assert (below[:, :100] < 128).any()  # written
+    assert not (below[18:, 104:] < 128).any()  # the short one takes one line
+
+
 def test_captions_stay_within_their_cell() -> None:
     images = torch.zeros(2, 1, 16, 16, dtype=torch.uint8)
     grid = np.array(grid_image(images, columns=2, captions=["m" * 60, ""]))

@@ -66,4 +66,4 @@ class SampleGrid(StepCallback):
         images = self.pipeline.generate(num_samples=self.count, seed=self.seed)
         path = self.run.samples_dir / f"step-{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(images, path, columns=columns, captions=captions)
+        save_grid(images, path, columns=columns, captions=captions, caption_lines=4)
