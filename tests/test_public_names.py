@@ -31,7 +31,14 @@ THROUGH = {
     "stacked": ("Stacked",),
     "WeakModels": ("Trained",),
     "read_signature": ("Signature",),
-    "main": ("help_page",),  # --help
+    "main": (
+        "help_page",  # --help
+        *("train_log", "build_trainer", "usual_callbacks", "print_values"),
+        *("settings_problems", "logger_problems", "problem_of"),
+        *("is_trainable", "check_trainable", "assemble_trainable", "export_trainable"),
+    ),
+    "load_autoencoder": ("save_autoencoder",),
+    "reconstructs": ("Reconstructed",),
     # results, whose fields are read
     "compare_features": ("FrechetResult",),
     "frechet_infinity": ("FrechetInfinity",),
