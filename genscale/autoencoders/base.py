@@ -137,7 +137,7 @@ class ScaleTokenizer(Autoencoder):
 
     Scale k holds h_k x w_k tokens; all L of them lie in one row, scale after scale, row-major
     within a scale. The *running latent* is the sum of the scales so far, at the size of the last
-    one. Everything is float32, with autocast off (arXiv:2404.02905).
+    one. All but decoding is float32, with autocast off (arXiv:2404.02905).
 
     Attributes:
         vocab_size: entries V of the codebook, one for all scales.

@@ -24,7 +24,7 @@ from genscale.layers.scales import Scales, as_scales
 class MSVQ(ScaleTokenizer, ModelMixin, ConfigMixin):
     """A VQGAN whose latents are sums of token maps of growing size.
 
-    Everything is computed in float32, autocast or not. The defaults are those of the published
+    All that makes tokens is computed in float32, autocast or not. The defaults are those of the published
     tokenizer, for pictures of 256 x 256.
 
     Args:
@@ -153,9 +153,11 @@ class MSVQ(ScaleTokenizer, ModelMixin, ConfigMixin):
         return quantized
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode running latents ``(B, Cv, h, w)``; see :meth:`Autoencoder.decode`."""
-        with no_autocast(latents.device):
-            images: Tensor = self.decoder(self.post_quant_conv(latents.float()))
+        """Decode running latents ``(B, Cv, h, w)``; see :meth:`Autoencoder.decode`.
+
+        Under autocast convolutions run in its type: tokens do not depend on it.
+        """
+        images: Tensor = self.decoder(self.post_quant_conv(latents))
         return images
 
     def forward(self, images: Tensor) -> tuple[Tensor, QuantizeOutput]:

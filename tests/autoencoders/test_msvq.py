@@ -183,21 +183,22 @@ class TestMSVQ:
         idle = {name for name, p in made.named_parameters() if p.grad is None}
         assert idle == {"quantizer.phis.1.weight", "quantizer.phis.1.bias"}
 
-    def test_float32_whatever_the_autocast(self, model: MSVQ) -> None:
+    def test_what_makes_tokens_is_float32_whatever_the_autocast(self, model: MSVQ) -> None:
         def outputs() -> list[Tensor]:
             tokens = model.tokens(IMAGES)
             running, following = model.add_scale(
                 torch.zeros(3, 8, 4, 4), model.codes(tokens[:, :1]), 0
             )
             assert following is not None
-            image, quantized = model(IMAGES)
+            quantized = model.quantize(model.encode_features(IMAGES))
             features = model.features(tokens)
-            return [tokens, running, following, features, image, quantized.losses]
+            return [tokens, running, following, features, quantized.latent, quantized.losses]
 
-        expected = outputs()
+        expected, latent = outputs(), model.latent(model.tokens(IMAGES))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             for got, wanted in zip(outputs(), expected, strict=True):
                 assert torch.equal(got, wanted)
+            assert model.decode(latent).dtype == torch.bfloat16
 
     def test_saved_and_loaded(self, model: MSVQ, folder: Path) -> None:
         again = MSVQ.from_pretrained(folder)
