@@ -14,7 +14,10 @@ Setting = tuple[str, int | float | str | bool]
 
 _CHOICES = {
     "quantise": ("round", "truncate", "none"),
-    "class_law": ("uniform_random", "balanced", "empirical", "listed", "unconditional"),
+    "class_law": (
+        *("uniform_random", "balanced", "empirical", "listed", "unconditional"),
+        *("heldout_captions", "prompts"),
+    ),
     "covariance": ("unbiased", "biased"),
 }
 
@@ -35,7 +38,7 @@ class EvalProtocol:
         reference_crop: how pictures were brought to size.
         reference_count: number of reference pictures; 0 where a statistics file does not say.
         num_samples: number of generated pictures.
-        class_law: how their labels were chosen.
+        class_law: how their labels, or their prompts, were chosen.
         seeds: how noise and labels are addressed.
         sampler: solver or decoding.
         steps: its number of steps.
