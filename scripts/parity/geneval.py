@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from genscale.data.scenes.grammar import RELATIONS
 from genscale.data.scenes.relations import THRESHOLD, directions
 from scripts.parity import Case, Comparison
 
@@ -18,6 +19,5 @@ def run(case: Case) -> list[Comparison]:
         )
         sides = (right - left + other[2] - other[0], bottom - top + other[3] - other[1])
         ways = directions(offset, sides)
-        names = ("left of", "right of", "above", "below")
-        found.append([int(ways[name] > THRESHOLD) for name in names])
+        found.append([int(ways[name] > THRESHOLD) for name in RELATIONS])
     return [case.compare("relations", torch.tensor(found), case.group("output")["relations"])]
