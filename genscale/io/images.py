@@ -152,8 +152,8 @@ def grid_image(
         )
         paper.paste(picture, (x, y))
         for number, words in enumerate(below[index] if below else ()):
-            middle = (x + cell_width // 2, y + cell_height + 2 + number * line)
-            draw.text(middle, words, fill=_INK, font=text, anchor="ma")
+            place = (x + cell_width // 2, y + cell_height + 2 + number * line)
+            draw.text(place, words, fill=_INK, font=text, anchor="ma")
     for row, word in enumerate(row_labels or ()):
         middle = top + row * step_y + cell_height // 2
         draw.text((left - 2 * _GUTTER, middle), word, fill=_INK, font=text, anchor="rm")
