@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +88,7 @@ class KLNetwork(Variational):
     @property
     def last_layer(self) -> nn.Parameter:
         """The decoder's last weights."""
-        weight: nn.Parameter = self.network.decoder.conv_out.weight
-        return weight
+        return cast(nn.Parameter, self.network.decoder.conv_out.weight)
 
     def moments(self, images: Tensor) -> Tensor:
         """Encode images to moments; see :meth:`Variational.moments`.

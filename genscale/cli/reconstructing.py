@@ -194,7 +194,7 @@ def _batches(
 
     device = next(network.parameters()).device
     show = dist.initialise()[0] == 0
-    parts = ids.split(batch_size)
+    parts = torch.split(ids, batch_size)
     for part in track(parts, "reconstructing", total=len(ids), show=show):
         images = pictures.images(part)
         inputs = from_uint8(images).to(device)
@@ -247,6 +247,8 @@ def _closeness(found: Reconstructed) -> list[MetricValue]:
 
 def _usage(found: Reconstructed) -> list[MetricValue]:
     """Return how many codes these pictures use: of all scales together, and of each."""
+    import torch
+
     from genscale.metrics.protocol import MetricValue
 
     if found.tokens is None:
@@ -258,6 +260,6 @@ def _usage(found: Reconstructed) -> list[MetricValue]:
     for (height, width), (start, end) in zip(
         network.scales, scale_spans(network.scales), strict=True
     ):
-        details[f"scale_{height}x{width}"] = len(found.tokens[:, start:end].unique())
-    used = len(found.tokens.unique())
+        details[f"scale_{height}x{width}"] = len(torch.unique(found.tokens[:, start:end]))
+    used = len(torch.unique(found.tokens))
     return [MetricValue("codes_used", float(used), protocol.digest, details, protocol)]

@@ -117,10 +117,10 @@ def curves(run: RunContents) -> Markup:
     if losses:
         charts.append(line_chart("loss", losses))
     usage = run.series_names(_USAGE)
-    lines = [Line(name.removeprefix(_USAGE), run.series(name)) for name in usage]
-    if any(line.points for line in lines):
+    scales = [Line(name.removeprefix(_USAGE), run.series(name)) for name in usage]
+    if any(line.points for line in scales):
         title = "share of the codebook in use, by scale"
-        charts.append(line_chart(title, lines, logarithmic=False))
+        charts.append(line_chart(title, scales, logarithmic=False))
     others = [n for n in run.series_names("train/") if n not in (*_SEPARATE, *usage)]
     others = [name for name in others if "loss" not in name]
     for name in [*_SEPARATE, *(n for n in others if n != "train/gflops_per_second")]:

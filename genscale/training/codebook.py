@@ -235,7 +235,7 @@ class _Seen:
         ]
         added = [torch.stack(stack).sum(0) for stack in stacks]
         flat = all_reduce(torch.cat([tensor.flatten() for tensor in added]))
-        pieces = flat.split([tensor.numel() for tensor in added])
+        pieces = torch.split(flat, [tensor.numel() for tensor in added])
         return _Seen(*(p.view_as(t) for p, t in zip(pieces, added, strict=True)))
 
     @staticmethod

@@ -185,4 +185,5 @@ def _balance(loss: Tensor, fooled: Tensor, last_layer: nn.Parameter) -> Tensor:
         all_reduce(torch.autograd.grad(part, last_layer, retain_graph=True)[0]).norm()
         for part in (loss, fooled)
     ]
-    return (lengths[0] / (lengths[1] + 1e-4)).clamp(0.0, 1e4).detach()
+    ratio: Tensor = lengths[0] / (lengths[1] + 1e-4)
+    return ratio.clamp(0.0, 1e4).detach()

@@ -101,8 +101,9 @@ class TokenizerTraining(Trainable):
             self.keeper.observe(quantized, batch)
         elif self._starts_after(batch.step):
             self.keeper.collect(features, batch.position)
-        reconstructed = model.decode(features if quantized is None else quantized.latent)
-        out = self.reconstruction(
+        latents = features if quantized is None else quantized.latent
+        reconstructed = model.decode(latents).float()
+        out: GroupLosses = self.reconstruction(
             batch.images, reconstructed, batch.step, model.decoder.conv_out.weight
         )
         if quantized is None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from genscale import rng
 from genscale.io.images import from_uint8
@@ -127,7 +126,7 @@ class TrainableModule(StepModule):
 
     def _optimizers(self) -> list[LightningOptimizer]:
         found = self.optimizers()
-        return found if isinstance(found, list) else [found]  # type: ignore[list-item]
+        return found if isinstance(found, list) else [found]
 
     def _schedules(self) -> list[Any]:
         found = self.lr_schedulers()
@@ -145,6 +144,7 @@ def _average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
     if world_size == 1 or not parameters:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = all_reduce(_flatten_dense_tensors(gradients)).div_(world_size)
-    for gradient, mean in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
-        gradient.copy_(mean)
+    flat = all_reduce(torch.cat([gradient.flatten() for gradient in gradients])).div_(world_size)
+    means = torch.split(flat, [gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))

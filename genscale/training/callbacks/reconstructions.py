@@ -100,7 +100,7 @@ def reconstructed(
     rows = some_rows(count, len(pictures))
     device = next(network.parameters()).device
     images, made = [], []
-    for part in rows.split(_BATCH):
+    for part in torch.split(rows, _BATCH):
         images.append(pictures.images(part))
         made.append(to_uint8(reconstruct(network, from_uint8(images[-1]).to(device))).cpu())
     return torch.cat(images), torch.cat(made)
@@ -117,7 +117,7 @@ def save_pairs(images: Tensor, made: Tensor, path: object) -> None:
     columns = min(len(images), 8 if len(images) <= 32 else 16)
     rows = [
         part
-        for pair in zip(images.split(columns), made.split(columns), strict=True)
+        for pair in zip(torch.split(images, columns), torch.split(made, columns), strict=True)
         for part in pair
     ]
     full = [torch.cat([r, r.new_full((columns - len(r), *r.shape[1:]), 255)]) for r in rows]
