@@ -76,7 +76,8 @@ def _tokenizer(cfg: DictConfig) -> tuple[Any, str] | None:
     """Return the tokenizer that a run or folder is of and where it came from, or None.
 
     Raises:
-        ConfigError: weights are chosen of a folder that holds one set.
+        ConfigError: weights are chosen of a folder that holds one set; or the run is one of a KL
+            autoencoder.
     """
     from genscale.autoencoders.msvq import load_msvq
     from genscale.autoencoders.msvq_folder import holds_tokenizer
@@ -86,6 +87,11 @@ def _tokenizer(cfg: DictConfig) -> tuple[Any, str] | None:
     base = Path(str(cfg.run)).expanduser()
     if (base / "config.yaml").is_file():
         model = RunFolder.open(base).config().get("model")
+        if str((model or {}).get("_target_")).endswith(".KLNetwork"):
+            raise ConfigError(
+                f"run={cfg.run} trained a KL autoencoder, whose folder in diffusers' layout is "
+                f"{cfg.run}/export already, with scale and shift in its config. Copy that one."
+            )
         if not str((model or {}).get("_target_")).endswith(".MSVQ"):
             return None
         network, origin = load_autoencoder(

@@ -229,6 +229,8 @@ def test_a_latent_model_on_a_kl_autoencoder(command: Any, tmp_path: Path) -> Non
     outputs = f"paths.outputs={tmp_path}"
     answer = command("train", *KL_SMALL, *TINY, f"run_dir={tmp_path}/kl", outputs)
     assert answer.status == 0, answer.err
+    answer = command("export", f"run={tmp_path}/kl")
+    assert f"is {tmp_path}/kl/export already" in answer.err
     trained = TrainedKL(run=str(tmp_path / "kl"), latent_channels=2)
     images = from_uint8(Digits("train", 8).images(range(1437)))
     with torch.no_grad():
