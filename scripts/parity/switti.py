@@ -47,7 +47,7 @@ def run(case: Case) -> list[Comparison]:
     results.append(_compare(case, "logits", logits, outputs.pop("logits")))
     results += _gradients(case, model, logits)
     view = Objective().view(model, tokenizer)
-    for name, settings in case.info["runs"].items():
+    for name, settings in case.info.get("runs", {}).items():
         got = _sample(view, _condition(inputs, "prompt", None), inputs, settings["kw"])
         for kind, value in got.items():
             expected = outputs.pop(f"{name}_{kind}")
@@ -87,7 +87,7 @@ def _sample(
     cond = Conditioning(
         text=cond.text, text_mask=cond.text_mask, pooled_text=cond.pooled_text, negative=negative
     )
-    stop = kw.get("turn_off_cfg_start_si", len(view.scales))
+    stop = kw.get("turn_off_cfg_start_si", 10)
     # (1 + t) c - t u is weight 1 + t
     guidance = ScaleGuidance(1 + kw["cfg"], start=kw.get("turn_on_cfg_start_si", 0), stop=stop)
     guided = guidance.wrap(view)
@@ -150,10 +150,11 @@ def _tokenizer(case: Case) -> MSVQ:
     levels = {"ch": 32, "ch_mult": (1,), "num_res_blocks": 1}
     official |= {"v_patch_nums": case.config["patch_nums"], "vocab_size": case.config["V"]}
     official |= {"z_channels": case.config["Cvae"], "ddconfig": levels}
-    tokenizer = MSVQ(**msvq.config_from_official(official, parity=True))
+    tokenizer: MSVQ = MSVQ(**msvq.config_from_official(official, parity=True))
     whole = msvq.to_official(tokenizer.state_dict(), tokenizer.config)
     tokenizer.load_state_dict(msvq.from_official({**whole, **case.group("vae_state")}, tokenizer))
-    return tokenizer.eval()
+    tokenizer.eval()
+    return tokenizer
 
 
 def _compare(

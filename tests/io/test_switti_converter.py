@@ -10,6 +10,7 @@ from torch import Tensor
 
 from genscale.backbones.switti import Switti
 from genscale.errors import CheckpointError, ConfigError
+from genscale.io.converters.scale_wise import check_levels, read_scales, token_levels
 from genscale.io.converters.switti import (
     UNTOLD,
     config_from_official,
@@ -163,6 +164,17 @@ def test_what_no_tensor_tells() -> None:
     found = config_from_state_dict(to_official(causal.state_dict(), causal.config))
     assert not set(UNTOLD) & set(found)
     assert set(UNTOLD) < set(causal.config)
+
+
+def test_the_levels_of_tokens_tell_the_scales() -> None:
+    model = tiny(scales=[1, 3])
+    levels = token_levels(model)
+    assert levels.tolist() == [0] + [1] * 9
+    state = {"lvl_1L": levels[None], "lvl_embed.weight": torch.zeros(2, 1)}
+    assert read_scales(state) == [1, 3]
+    check_levels(state, model, "Switti")  # says nothing
+    with pytest.raises(CheckpointError, match=r"scales of \[1, 9\] tokens, but the Switti has"):
+        check_levels(state, tiny(), "Switti")
 
 
 def test_scales_without_levels_are_the_published_ones() -> None:
