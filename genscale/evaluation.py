@@ -39,7 +39,7 @@ def fit_reference(suite: EvaluationSuite, datamodule: ImageDataModule) -> None:
     )
 
 
-def captions_of(datamodule: ImageDataModule, count: int) -> list[str] | None:
+def heldout_captions(datamodule: ImageDataModule, count: int) -> list[str] | None:
     """Return the first ``count`` held-out captions, or as many as there are; None without any.
 
     Where nothing is held out, they are the training pictures' own.
@@ -144,7 +144,7 @@ def periodic(
         stream = pipeline.stream(
             num_samples=num_samples,
             labels=labels,
-            prompts=None if pipeline.text is None else captions_of(datamodule, num_samples),
+            prompts=None if pipeline.text is None else heldout_captions(datamodule, num_samples),
             seed=seed,
             rank=rank,
             world_size=world_size,

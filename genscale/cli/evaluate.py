@@ -22,7 +22,7 @@ from genscale.cli.reconstructing import reconstructs
 from genscale.cli.run_protocol import settle
 from genscale.cli.sample import grid_columns, label_law
 from genscale.errors import ConfigError
-from genscale.evaluation import as_record, captions_of, describe, fit_reference, measure
+from genscale.evaluation import as_record, describe, fit_reference, heldout_captions, measure
 from genscale.io.files import write_json
 from genscale.io.images import load_npz, save_grid, save_npz
 from genscale.metrics.protocol import EvalProtocol, MetricValue
@@ -155,7 +155,7 @@ def _prompts(cfg: DictConfig, pipeline: Any, data: Any) -> list[str] | None:
         return given
     if data is None and not is_exported(cfg.run):
         data = datasets_of(cfg.run)
-    return None if data is None else captions_of(data, cfg.num_samples)
+    return None if data is None else heldout_captions(data, cfg.num_samples)
 
 
 def _save_samples(folder: Path | None, kept: list[Generated]) -> None:

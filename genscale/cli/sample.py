@@ -39,7 +39,7 @@ def run(cfg: DictConfig) -> None:
     ids, images, labels, nfe = collect(cfg, pipeline, rank=rank, world_size=world_size)
     if rank == 0:
         folder = output_folder(cfg, "samples")
-        captions = captions_of(cfg, pipeline, len(ids))
+        captions = _captions(cfg, pipeline, len(ids))
         written = _write(cfg, folder, pipeline, images, labels, captions)
         record = {
             "run": str(cfg.run),
@@ -77,7 +77,7 @@ def label_law(cfg: DictConfig) -> Any:
     return [cfg.labels] if isinstance(cfg.labels, int) else cfg.labels
 
 
-def captions_of(cfg: DictConfig, pipeline: Any, count: int) -> list[str] | None:
+def _captions(cfg: DictConfig, pipeline: Any, count: int) -> list[str] | None:
     """Return the prompt of each sample; None for a model that reads no text."""
     from genscale.prompts import read_prompts
 

@@ -23,6 +23,7 @@ from genscale.conditioning.text import NoText
 from genscale.conditioning.words import Words
 from genscale.data.base import TensorImages
 from genscale.data.module import ImageDataModule
+from genscale.evaluation import heldout_captions
 from genscale.pipeline import GenerationPipeline
 from genscale.runs import RunFolder
 
@@ -178,6 +179,16 @@ def test_evaluation_takes_held_out_captions(text_run: Path, tmp_path: Path, comm
     assert record["prompts"] == "held-out captions"
     (protocol,) = record["protocols"].values()
     assert protocol["class_law"] == "heldout_captions"
+
+
+def test_captions_to_measure_by_are_held_out() -> None:
+    pixels = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    train = TensorImages(pixels, captions=["a", "b"], name="set")
+    heldout = TensorImages(pixels, captions=["c", "d"], name="set")
+    assert heldout_captions(ImageDataModule(train, heldout, batch_size=1), 9) == ["c", "d"]
+    assert heldout_captions(ImageDataModule(train, batch_size=1), 1) == ["a"]
+    plain = TensorImages(pixels, name="set")
+    assert heldout_captions(ImageDataModule(plain, batch_size=1), 9) is None
 
 
 def test_interrupted_equals_uninterrupted(text_run: Path, tmp_path: Path, command: Any) -> None:
