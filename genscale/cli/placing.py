@@ -17,6 +17,13 @@ FREE_ON_RESUME = (
     *("trainer", "logger", "callbacks", "checkpoint_blocks", "evaluation"),
     *("resume", "run_dir", "paths"),
 )
+# what runs had before there was a choice
+_NO_TEXT = {
+    "_target_": "genscale.conditioning.text.NoText",
+    "num_tokens": 0,
+    "token_size": 0,
+    "pooled_size": 0,
+}
 _RUN_DIR_VARIABLE = "GENSCALE_RUN_DIR"  # tells processes that Lightning starts where the run is
 
 
@@ -86,7 +93,7 @@ def _checkpoint_to_resume(cfg: DictConfig, folder: RunFolder) -> Path | None:
     continued = cfg.resume is not None or bool(folder.checkpoints())
     if not continued:
         return None
-    before = _flatten(folder.config())
+    before = _flatten({"text_encoder": _NO_TEXT, **folder.config()})
     now = _flatten(OmegaConf.to_container(cfg, resolve=True))
     # shortest first: what others refer to is named before what follows from it
     for key in sorted({*before, *now}, key=lambda key: (key.count("."), key)):

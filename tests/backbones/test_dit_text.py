@@ -144,3 +144,13 @@ def test_pooled_text_may_be_missing() -> None:
     layer = PooledText(5, 8)
     x = torch.randn(2, 3, 4, 4)
     assert torch.equal(layer(None, x), layer(torch.zeros(2, 5), x))
+
+
+def test_published_layouts_have_no_place_for_text() -> None:
+    from genscale.io.converters.dit import diffusers_config, to_official
+
+    model = build(num_classes=5, mlp_ratio=4.0)
+    with pytest.raises(ConfigError, match="layouts know no text, but the model has text_size=6"):
+        to_official(model.state_dict(), model.config)
+    with pytest.raises(ConfigError, match="pooled_text_size=5"):
+        diffusers_config(model.config)

@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from genscale.cli.placing import locate
 from genscale.cli.texting import (
     caption_problems,
     example_captions,
@@ -23,6 +24,7 @@ from genscale.conditioning.text import NoText
 from genscale.conditioning.words import Words
 from genscale.data.base import TensorImages
 from genscale.data.module import ImageDataModule
+from genscale.errors import ConfigError
 from genscale.evaluation import heldout_captions
 from genscale.pipeline import GenerationPipeline
 from genscale.runs import RunFolder
@@ -201,6 +203,23 @@ def test_interrupted_equals_uninterrupted(text_run: Path, tmp_path: Path, comman
     resumed = torch.load(copy / "checkpoints" / "step-00000004.ckpt", weights_only=True)
     for name, value in whole["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][name]), name
+
+
+def test_a_run_older_than_text_encoders_goes_on(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GENSCALE_RUN_DIR", "")
+    copy = RunFolder(tmp_path / "run")
+    shutil.copytree(trained_run, copy.path)
+    config = copy.config()
+    now = OmegaConf.create({**config, "resume": "latest", "run_dir": str(copy.path)})
+    assert config.pop("text_encoder")["token_size"] == 0
+    copy.config_file.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    _, checkpoint = locate(now)
+    assert checkpoint == copy.checkpoint("latest")
+    now.text_encoder = {"_target_": "genscale.conditioning.words.Words"}
+    with pytest.raises(ConfigError, match=r"text_encoder\._target_=genscale\.conditioning\.text"):
+        locate(now)
 
 
 class TestStartUp:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from genscale.backbones.dit import DiT
+from genscale.conditioning.text import reads_text
 from genscale.errors import CheckpointError, ConfigError
 from genscale.io.keys import (
     check_keys,
@@ -150,7 +151,7 @@ def from_official(state: Mapping[str, Tensor], model: DiT) -> dict[str, Tensor]:
         CheckpointError: keys are missing or left over, shapes differ, or the position table is
             not the fixed one.
     """
-    _check_softmax(model)
+    _check_published(model)
     names = {_official_name(name): name for name in model.state_dict()}
     own = {official: model.state_dict()[name] for official, name in names.items()}
     table = position_table(model.config)
@@ -240,7 +241,7 @@ def from_diffusers(state: Mapping[str, Tensor], model: DiT) -> dict[str, Tensor]
         CheckpointError: keys are missing or left over, shapes differ, or the blocks' copies of
             an embedder are not the same.
     """
-    _check_softmax(model)
+    _check_published(model)
     own = model.state_dict()
     pieces = {name: list(_diffusers_pieces(name, tensor, model)) for name, tensor in own.items()}
     wanted = {theirs: shape for parts in pieces.values() for theirs, shape in parts}
@@ -344,15 +345,21 @@ def _diffusers_pieces(
 
 def _on_meta(config: Mapping[str, Any]) -> DiT:
     model: DiT = on_meta(DiT, config)
-    _check_softmax(model)
+    _check_published(model)
     return model
 
 
-def _check_softmax(model: DiT) -> None:
+def _check_published(model: DiT) -> None:
     if model.config["attention"] != "softmax":
         raise ConfigError(
             "The official layout holds softmax attention only, but the model has attention="
             f"{model.config['attention']}. Save it with save_pretrained instead."
+        )
+    if reads_text(model.config):
+        raise ConfigError(
+            "The published layouts know no text, but the model has text_size="
+            f"{model.config['text_size']} and pooled_text_size="
+            f"{model.config['pooled_text_size']}. Save it with save_pretrained instead."
         )
 
 
