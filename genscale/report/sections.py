@@ -73,6 +73,7 @@ def _maybe(write: Any, value: Any) -> str | None:
 
 def newest_samples(run: RunContents) -> Markup:
     """Show what the model makes: the grid of the newest evaluation, or the next best thing."""
+    title = "Pictures and their reconstructions" if _reconstructs(run) else "Samples"
     for evaluation in reversed(run.evaluations):
         if evaluation.grid:
             made = [
@@ -81,11 +82,11 @@ def newest_samples(run: RunContents) -> Markup:
                 describe(evaluation.record.get("guidance")),
             ]
             caption = f"evaluations/{evaluation.name}: {', '.join(w for w in made if w != '-')}"
-            return section("Samples", picture(evaluation.grid, caption, alt="generated samples"))
+            return section(title, picture(evaluation.grid, caption, alt=title.lower()))
     if run.step_grids and not run.sample_sets:
         step, path = list(run.step_grids.items())[-1]
-        shown = picture(path, f"training, step {step:,}", alt="generated samples")
-        return section("Samples", shown)
+        shown = picture(path, f"training, step {step:,}", alt=title.lower())
+        return section(title, shown)
     if run.sample_sets:
         return Markup("")  # shown in a section of their own
     command = f"python sample.py run={shlex.quote(run.shown_path)}"

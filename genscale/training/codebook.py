@@ -147,7 +147,7 @@ class CodebookKeeper(nn.Module):
         )
         parts = self.quantizer.split(tokens)
         hits = torch.stack([_counts(part, len(table)) for part in parts])
-        sums = torch.zeros_like(table).index_add_(0, tokens.flatten(), rows.flatten(0, 1))
+        sums = _added(rows.flatten(0, 1), tokens.flatten(), len(table))
         self._seen.append(_Seen(hits, sums, self._candidates(rows, batch)))
 
     def _candidates(self, rows: Tensor, batch: PictureBatch) -> Tensor:
@@ -245,8 +245,14 @@ class _Seen:
 
 
 def _counts(tokens: Tensor, vocab_size: int) -> Tensor:
-    ones = torch.ones(tokens.numel(), device=tokens.device)
-    return torch.zeros(vocab_size, device=tokens.device).index_add_(0, tokens.flatten(), ones)
+    return _added(torch.ones(tokens.numel(), device=tokens.device), tokens.flatten(), vocab_size)
+
+
+def _added(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """Return for each of ``count`` places the sum of the rows whose index it is."""
+    # not index_add_, whose order of summation is another one in every run on a GPU
+    sums = rows.new_zeros(count, *rows.shape[1:])
+    return sums.index_put_((index,), rows, accumulate=True)
 
 
 def _gathered(tensor: Tensor) -> Tensor:
@@ -278,7 +284,7 @@ def kmeans(rows: Tensor, count: int, *, iterations: int, key: Tensor) -> Tensor:
         distances = torch.cdist(rows, centres)
         nearest = distances.min(1)
         sizes = _counts(nearest.indices, count)
-        sums = torch.zeros_like(centres).index_add_(0, nearest.indices, rows)
+        sums = _added(rows, nearest.indices, count)
         far = nearest.values.argsort(descending=True, stable=True)
         # the n-th empty centre takes the n-th farthest row
         rank = (sizes == 0).cumsum(0).sub(1).clamp(min=0, max=len(rows) - 1)
