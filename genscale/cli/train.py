@@ -216,7 +216,7 @@ def _begin(
         console,
         batch_size=cfg.batch_size,
         world_size=trainer.world_size,
-        accumulate=trainer.accumulate_grad_batches,
+        accumulate=cfg.trainer.accumulate_grad_batches,
         max_steps=trainer.max_steps,
         data_size=len(datamodule.train),
         run_dir=shown(folder.path),

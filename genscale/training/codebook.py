@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from genscale import rng
 from genscale.autoencoders.quantizer import QuantizeOutput, ScaleQuantizer
 from genscale.errors import ConfigError
-from genscale.layers.scales import features_at
+from genscale.layers.scales import features_at, scale_spans
 from genscale.rng import Purpose
 from genscale.training.trainable import PictureBatch, all_reduce
 
@@ -153,16 +153,19 @@ class CodebookKeeper(nn.Module):
     def _candidates(self, rows: Tensor, batch: PictureBatch) -> Tensor:
         """Return one row ``(V, Cv)`` for every code, where this batch has it; zeros elsewhere.
 
-        Every code draws a picture of the whole step and a token of it. Exactly one batch of one
-        process has that picture, so the sum over all of them is the row itself, however the step
-        is split.
+        Every code draws a picture of the whole step, a scale, and a token of it: coarse scales,
+        which have few tokens and collapse first, get as many new codes as fine ones. Exactly one
+        batch of one process has that picture, so the sum over all of them is the row itself,
+        however the step is split.
         """
-        device, count, length = rows.device, len(self.codes), rows.shape[1]
+        device, count = rows.device, len(self.codes)
+        spans = torch.tensor(scale_spans(self.quantizer.scales), device=device)
         code = torch.arange(count, device=device)
         keys = rng.key(self.seed, batch.step, code, Purpose.CODEBOOK)
-        draws = rng.uniform(keys, (2,))
+        draws = rng.uniform(keys, (3,))
         picture = (draws[:, 0] * batch.size).long().clamp_(max=batch.size - 1)
-        token = (draws[:, 1] * length).long().clamp_(max=length - 1)
+        start, end = spans[(draws[:, 1] * len(spans)).long().clamp_(max=len(spans) - 1)].unbind(1)
+        token = torch.minimum(start + (draws[:, 2] * (end - start)).long(), end - 1)
         place = torch.full((batch.size,), -1, dtype=torch.int64, device=device)
         own = batch.position - batch.step * batch.size
         place[own] = torch.arange(len(own), device=device)
