@@ -25,14 +25,24 @@ def nearest(family: str, settings: Mapping[str, Any], conf_dir: Path) -> str:
     """Return the size of a family whose written settings are nearest to a network's.
 
     Numbers differ by the logarithm of their ratio, other settings by one. The small size of the
-    family's own name is no candidate: it is trained by a recipe of ours.
+    family's own name is no candidate: it is trained by a recipe of ours. Networks that read text
+    and those that do not are not each other's, where there are any of their own kind.
     """
+    from genscale.conditioning.text import reads_text
+
+    folder, text = conf_dir / "model", reads_text(settings)
 
     def distance(name: str) -> float:
-        own = _written(name, conf_dir / "model")
+        own = {key: value for key, value in _content(name, folder).items() if not _refers(value)}
         return sum(_apart(settings[key], own[key]) for key in own if key in settings)
 
-    return min(published(family, conf_dir), key=distance)
+    names = published(family, conf_dir)
+    alike = [
+        name
+        for name in names
+        if text == any(_refers(x, "text_encoder.") for x in _content(name, folder).values())
+    ]
+    return min(alike or names, key=distance)
 
 
 def check_recipe(recipe: str, conf_dir: Path) -> None:
@@ -93,21 +103,22 @@ def _mend_variance(cfg: DictConfig, *, learned: bool) -> None:
         cfg.sampler.variance = "lower"
 
 
-def _written(name: str, folder: Path) -> dict[str, Any]:
-    """Read the values in a model's YAML and in those it builds on; references are left out."""
+def _content(name: str, folder: Path) -> dict[str, Any]:
+    """Read the values in a model's YAML and in those it builds on."""
     import yaml
 
     content = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
     settings: dict[str, Any] = {}
     for base in content.pop("defaults", []):
         if isinstance(base, str) and base != "_self_":
-            settings |= _written(base, folder)
+            settings |= _content(base, folder)
     settings |= content
-    return {
-        key: value
-        for key, value in settings.items()
-        if key != "_target_" and not (isinstance(value, str) and "${" in value)
-    }
+    return {key: value for key, value in settings.items() if key != "_target_"}
+
+
+def _refers(value: Any, to: str = "") -> bool:
+    """Return whether a value is a reference to another part of the config."""
+    return isinstance(value, str) and f"${{{to}" in value
 
 
 def _apart(one: Any, other: Any) -> float:
