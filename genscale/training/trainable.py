@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +102,6 @@ class Trainable(nn.Module, ABC):
 
 class TrainableRecipe(ABC):
     """Settings of a training, from which a :class:`Trainable` is built around a network."""
-
-    family: ClassVar[str] = "reconstruction"
 
     @abstractmethod
     def build(self, model: nn.Module, *, seed: int) -> Trainable:
