@@ -109,7 +109,10 @@ UNPUBLISHED = {"msvq_openimages"}
 
 
 def test_every_experiment_is_held_to_a_table() -> None:
-    assert {path.stem for path in FOLDER.glob("*.yaml")} - UNPUBLISHED == set(PUBLISHED)
+    names = {path.stem for path in FOLDER.glob("*.yaml")}
+    # VAR's and M-VAR's are held in test_scale_wise_experiments.py; Switti's is not published whole
+    names = {name for name in names if not name.startswith(("var_", "mvar_", "switti_"))}
+    assert names - UNPUBLISHED == set(PUBLISHED)
 
 
 def test_the_tokenizer_has_the_size_of_the_paper() -> None:
