@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import Tensor
 
+from genscale.backbones.base import parameter_count
 from genscale.backbones.dit import DiT, PooledText
 from genscale.backbones.shapes import check_text
+from genscale.cli.resolvers import register_resolvers
 from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
 
@@ -154,3 +158,15 @@ def test_published_layouts_have_no_place_for_text() -> None:
         to_official(model.state_dict(), model.config)
     with pytest.raises(ConfigError, match="pooled_text_size=5"):
         diffusers_config(model.config)
+
+
+def test_the_small_model_has_the_size_that_its_page_tells() -> None:
+    register_resolvers()
+    conf = Path(__file__).resolve().parents[2] / "conf"
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        node = compose("train", overrides=["model=dit_text"]).model
+    settings = {name: value for name, value in node.items() if name != "_target_"}
+    with torch.device("meta"):
+        model = DiT(**settings)
+    assert parameter_count(model) == 1_445_936
+    assert round(model.flops() / 2e9, 2) == 0.06
