@@ -72,8 +72,10 @@ class _Given(ScaleBackbone):
     """A network whose logits are given."""
 
     def __init__(self, logits: Tensor, scales: list[int]) -> None:
-        super().__init__()
-        self.register_to_config(scales=scales, vocab_size=logits.shape[-1], latent_channels=1)
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.register_to_config(  # type: ignore[no-untyped-call]
+            scales=scales, vocab_size=logits.shape[-1], latent_channels=1
+        )
         self.logits = logits
 
     def forward(  # type: ignore[override]

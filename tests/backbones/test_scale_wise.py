@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from genscale.backbones.base import ScaleOutput
 from genscale.backbones.mvar import MVAR
 from genscale.backbones.scale_wise import (
     ClassTable,
@@ -101,7 +102,10 @@ def walk(model: ScaleTransformer, features: Tensor, cond: Conditioning) -> Tenso
 def test_step_by_step_equals_teacher_forcing(name: str) -> None:
     model = build(name)
     features, cond = batch(model)
-    whole = model(features, cond).logits
+    output = model(features, cond)
+    assert isinstance(output, ScaleOutput)
+    assert output.memory is None
+    whole = output.logits
     assert whole.shape == (3, features.shape[1], 7)
     assert whole.dtype == torch.float32
     torch.testing.assert_close(walk(model, features, cond), whole, rtol=1e-5, atol=1e-5)

@@ -88,7 +88,7 @@ def test_the_loss_of_a_stage_is_that_of_its_scales_over_all_tokens() -> None:
     torch.testing.assert_close(out.loss, (errors * weights).sum(1).mean())
     assert "loss_scale_1" in out.terms
     assert "loss_scale_2" not in out.terms
-    # terms are not weighted
+    # what is logged is the plain mean
     torch.testing.assert_close(out.terms["loss_scale_1"], errors[:, 1:].mean().detach())
 
 
