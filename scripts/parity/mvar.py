@@ -49,8 +49,8 @@ def _greedy(case: Case, model: MVAR, state: dict[str, Tensor]) -> list[Compariso
     outputs, labels = case.group("output"), case.group("input")["ar_label"]
     quantiser = QuantizerAlone(state, case.config["patch_nums"], case.config["vae"])
     factor = float(_stated(case.info["how"], r"cfg=([\d.]+)"))
-    settings = {"label_B": labels.tolist(), "g_seed": 0, "cfg": factor, "top_k": 1, "top_p": 0.0}
-    found = sample(model, quantiser, settings)
+    settings = {"B": len(labels), "label_B": labels.tolist(), "cfg": factor}
+    found = sample(model, quantiser, {**settings, "g_seed": 0, "top_k": 1, "top_p": 0.0})
     results = [_compare(case, "latent", found.latent, outputs["ar_f_hat"])]
     for k, raw in enumerate(_raw_logits(model, quantiser, labels, found.tokens)):
         expected = outputs[f"ar_logits_scale{k}"]

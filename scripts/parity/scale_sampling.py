@@ -79,14 +79,14 @@ def sample(model: ScaleBackbone, tokenizer: QuantizerAlone, settings: Mapping[st
     Args:
         model: the network.
         tokenizer: of the same codes and scales.
-        settings: ``label_B``, ``g_seed``, ``cfg``, ``top_k``, ``top_p`` and, where pictures are
-            smoothed, ``more_smooth``, as the official function takes them.
+        settings: ``B``, ``label_B``, ``g_seed``, ``cfg``, ``top_k``, ``top_p`` and, where pictures
+            are smoothed, ``more_smooth``, as the official function takes them.
     """
     view = ScaleGuidance(1.0 + settings["cfg"]).wrap(Objective().view(model, tokenizer))
     sampler = NextScale(len(model.scales))
-    cond = conditions(torch.tensor(settings["label_B"]), model)
-    state = sampler.start(view, cond, torch.arange(len(cond)))
     generator = torch.Generator("cpu").manual_seed(settings["g_seed"] or 0)
+    cond = conditions(_labels(settings, model, generator), model)
+    state = sampler.start(view, cond, torch.arange(len(cond)))
     every = []
     for k, (height, width) in enumerate(model.scales):
         state = sampler.evaluate(view, state)
@@ -104,10 +104,22 @@ def sample(model: ScaleBackbone, tokenizer: QuantizerAlone, settings: Mapping[st
     return Run(state.history["tokens"], every, sampler.finish(state))
 
 
+def _labels(
+    settings: Mapping[str, Any], model: ScaleBackbone, generator: torch.Generator
+) -> Tensor:
+    """Return the labels that the official function takes: given, one for all, or drawn."""
+    given = settings["label_B"]
+    if given is None:
+        count = model.config["num_classes"]
+        odds = torch.full((count,), 1.0 / count)
+        return torch.multinomial(odds, settings["B"], replacement=True, generator=generator)
+    return torch.full((settings["B"],), given) if isinstance(given, int) else torch.tensor(given)
+
+
 def conditions(labels: Tensor, model: ScaleBackbone) -> Conditioning:
-    """Return official labels, whose null class is the number of classes, as ours."""
-    num_classes = model.config["num_classes"]
-    return Conditioning(labels=labels.masked_fill(labels == num_classes, NULL_LABEL))
+    """Return official labels, whose null class is the number of classes or below 0, as ours."""
+    null = (labels == model.config["num_classes"]) | (labels < 0)
+    return Conditioning(labels=labels.masked_fill(null, NULL_LABEL))
 
 
 def whole_features(known: Tensor, model: ScaleBackbone) -> Tensor:

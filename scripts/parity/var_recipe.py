@@ -94,14 +94,14 @@ def _losses(case: Case) -> list[Comparison]:
     config, scales = case.config, case.config["patch_nums"]
     logits, tokens = case.tensors["input/logits"], case.tensors["input/gt"]
     network = _Given(logits, scales)
-    # one stage after the other, each a tenth of training long; this is where the stage of
-    # prog_si is as old as the case's share of a warm-up of a tenth
+    # one stage after the other; a scale joins in the middle between two places, and here its
+    # weight rises until the middle between the next two
     first = config["prog_si"] - 1
-    growth = (len(scales) - 1 - first) / 10
+    length = 1 / (len(scales) - 1 - first)
     law = ProgressiveScales(
-        total_samples=10**9, until=growth, first_scale=first, start=0.0, newest_warmup=0.1
+        total_samples=10**9, until=1.0, first_scale=first, start=0.0, newest_warmup=length
     )
-    age = 0.05 + 0.1 * config["prog_warmup"]
+    age = (0.5 + config["prog_warmup"]) * length
     cases = {
         "loss_full": (NextScale(label_smoothing=config["label_smoothing"]), 0),
         "loss_progressive": (
