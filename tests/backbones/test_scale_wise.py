@@ -441,7 +441,7 @@ def test_bfloat16_stays_close_and_walks_alike(name: str) -> None:
 
 @both_families
 def test_the_whole_model_compiles_into_one_graph(name: str) -> None:
-    model = build(name, depth=1)
+    model = build(name, scales=[1, 2], depth=1)
     features, cond = batch(model)
 
     def predict(features: Tensor, labels: Tensor) -> Tensor:
