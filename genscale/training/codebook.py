@@ -271,10 +271,9 @@ def _gathered(tensor: Tensor) -> Tensor:
 def kmeans(rows: Tensor, count: int, *, iterations: int, key: Tensor) -> Tensor:
     """Return ``count`` centres of rows ``(N, C)`` by Lloyd's algorithm; the same for a key.
 
-    Starts at rows that are drawn one by one, with a probability that grows with the squared
-    distance to those before (Arthur and Vassilvitskii, SODA 2007). A centre that no row is nearest
-    to becomes one of the rows that are farthest from theirs. Of fewer rows than centres, rows are
-    repeated.
+    Starts at keyed rows, as they come: a start at rows far from one another gives codes to
+    outliers, of which the encoder soon makes none. A centre that no row is nearest to becomes one
+    of the rows that are farthest from theirs. Of fewer rows than centres, rows are repeated.
 
     Args:
         rows: at least one.
@@ -282,7 +281,8 @@ def kmeans(rows: Tensor, count: int, *, iterations: int, key: Tensor) -> Tensor:
         iterations: rounds of assignment and averaging.
         key: of the draw; see :func:`genscale.rng.key`.
     """
-    centres = _spread_rows(rows, rng.uniform(key, (count,)).to(rows.device))
+    order = rng.permutation(key, len(rows)).to(rows.device)
+    centres = rows[order[torch.arange(count, device=rows.device) % len(rows)]].clone()
     for _ in range(iterations):
         distances = torch.cdist(rows, centres)
         nearest = distances.min(1)
@@ -294,16 +294,3 @@ def kmeans(rows: Tensor, count: int, *, iterations: int, key: Tensor) -> Tensor:
         means = sums / sizes.clamp(min=1)[:, None]
         centres = torch.where((sizes == 0)[:, None], rows[far[rank]], means)
     return centres
-
-
-def _spread_rows(rows: Tensor, draws: Tensor) -> Tensor:
-    """Return one row for each of the uniform draws, far from one another."""
-    nearest = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
-    chosen = []
-    for draw in draws:
-        steps = nearest.cumsum(0)
-        place = torch.searchsorted(steps, draw * steps[-1], right=True).clamp(max=len(rows) - 1)
-        chosen.append(rows[place])
-        distances = (rows - chosen[-1]).square().sum(1).double()
-        nearest = distances if len(chosen) == 1 else torch.minimum(nearest, distances)
-    return torch.stack(chosen)

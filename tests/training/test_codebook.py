@@ -45,13 +45,17 @@ def observe(kept: CodebookKeeper, step: int, rows: slice = slice(None)) -> Quant
 
 
 class TestKMeans:
-    def test_finds_what_is_apart(self) -> None:
-        centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
-        rows = (centres[:, None] + 0.1 * torch.randn(4, 25, 2)).flatten(0, 1)
-        found = kmeans(rows, 4, iterations=20, key=rng.key(0))
-        distances = torch.cdist(centres, found)
-        assert float(distances.min(1).values.max()) < 0.2
-        assert sorted(distances.argmin(1).tolist()) == [0, 1, 2, 3]
+    def test_every_centre_is_the_mean_of_the_rows_nearest_to_it(self) -> None:
+        rows = torch.randn(200, 2)
+        found = kmeans(rows, 6, iterations=60, key=rng.key(0))
+        nearest = torch.cdist(rows, found).argmin(1)
+        for code in range(6):
+            assert torch.allclose(rows[nearest == code].mean(0), found[code], atol=1e-5)
+
+    def test_two_clouds_have_a_centre_each(self) -> None:
+        rows = torch.cat([torch.randn(50, 2), torch.randn(50, 2) + 20])
+        found = kmeans(rows, 2, iterations=5, key=rng.key(0))
+        assert sorted(round(v / 20) for v in found[:, 0].tolist()) == [0, 1]
 
     def test_a_centre_that_nothing_is_near_to_moves_to_the_farthest_row(self) -> None:
         rows = torch.tensor([[0.0], [0.0], [0.0], [8.0]])
