@@ -31,6 +31,9 @@ class VQReconstruction(ReconstructionRecipe):
         vq_weight: of beta mse(sg(f_hat), f) + mse(f_hat, sg(f)), averaged over the scales.
         warmup_steps: optimizer steps without quantiser; 0 starts with the codes as drawn.
         codebook: how codes are learned; see :class:`~genscale.training.codebook.CodebookSettings`.
+        size_weight: of the squared logarithm of the latents' root mean square. Nothing else says
+            how large latents are, and where codes follow them with a delay they run away: phi
+            layers learn to enlarge the codes, the sum overshoots, and draws the latents after it.
         entropy_weight: of log V minus the entropy of the mean soft choice of codes, averaged over
             the scales; 0 leaves it out.
         entropy_temperature: of the soft choice, in units of the mean squared distance to a code.
@@ -42,12 +45,13 @@ class VQReconstruction(ReconstructionRecipe):
     vq_weight: float = 1.0
     warmup_steps: int = 60
     codebook: CodebookSettings = field(default_factory=CodebookSettings)
+    size_weight: float = 0.1
     entropy_weight: float = 0.0
     entropy_temperature: float = 0.1
 
     def __post_init__(self) -> None:
         ReconstructionRecipe.__post_init__(self)
-        for name in ("vq_weight", "warmup_steps", "entropy_weight"):
+        for name in ("vq_weight", "warmup_steps", "size_weight", "entropy_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(
                     f"objective.{name} must be 0 or more, but {getattr(self, name)} was given."
@@ -106,11 +110,14 @@ class TokenizerTraining(Trainable):
         out: GroupLosses = self.reconstruction(
             batch.images, reconstructed, batch.step, model.decoder.conv_out.weight
         )
+        size = features.float().square().mean().sqrt()
+        terms: dict[str, Any] = {**out.terms, "latent_size": size.detach()}
+        loss = out.by_group[MODEL] + self.recipe.size_weight * size.log().square()
         if quantized is None:
-            return out
+            return GroupLosses({**out.by_group, MODEL: loss}, terms)
         vq = quantized.losses.mean()
-        terms: dict[str, Any] = {**out.terms, "loss_vq": vq.detach()}
-        loss = out.by_group[MODEL] + self.recipe.vq_weight * vq
+        terms["loss_vq"] = vq.detach()
+        loss = loss + self.recipe.vq_weight * vq
         if self.recipe.entropy_weight > 0:
             missing = self._missing_entropy(features, quantized)
             loss = loss + self.recipe.entropy_weight * missing

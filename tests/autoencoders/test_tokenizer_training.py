@@ -158,6 +158,7 @@ class TestReconstruction:
             {"discriminator_size": 0},
             {"vq_weight": -1.0},
             {"warmup_steps": -1},
+            {"size_weight": -0.1},
             {"entropy_weight": -1.0},
             {"entropy_temperature": 0.0},
         ],
@@ -188,7 +189,7 @@ def test_lite0_gives_maps_with_gradients() -> None:
 class TestTokenizer:
     def test_before_the_codes_start_nothing_is_quantised(self) -> None:
         model = tokenizer()
-        training = VQReconstruction(warmup_steps=2).build(model, seed=0)
+        training = VQReconstruction(warmup_steps=2, size_weight=0.0).build(model, seed=0)
         assert isinstance(training, TokenizerTraining)
         batch = pictures(0)
         out = training.losses(batch, draws(batch))  # type: ignore[arg-type]
@@ -213,7 +214,7 @@ class TestTokenizer:
 
     def test_then_the_quantisers_losses_count(self) -> None:
         model = tokenizer()
-        recipe = VQReconstruction(warmup_steps=0, vq_weight=0.3)
+        recipe = VQReconstruction(warmup_steps=0, vq_weight=0.3, size_weight=0.0)
         training = recipe.build(model, seed=0)
         batch = pictures(0)
         out = training.losses(batch, draws(batch))  # type: ignore[arg-type]
@@ -221,6 +222,20 @@ class TestTokenizer:
         expected = F.mse_loss(made, batch.images) + 0.3 * quantized.losses.mean()
         assert float(out.by_group[MODEL]) == pytest.approx(float(expected), abs=1e-6)
         assert training.groups()[MODEL] is model
+
+    @pytest.mark.parametrize("warmup_steps", [0, 1])
+    def test_latents_are_drawn_to_a_size_of_one(self, warmup_steps: int) -> None:
+        model, batch = tokenizer(), pictures(0)
+        losses = []
+        for weight in (0.0, 0.5):
+            recipe = VQReconstruction(warmup_steps=warmup_steps, size_weight=weight)
+            out = recipe.build(model, seed=0).losses(batch, draws(batch))  # type: ignore[arg-type]
+            losses.append(float(out.by_group[MODEL]))
+        size = model.encode_features(batch.images).square().mean().sqrt()
+        assert float(out.terms["latent_size"]) == pytest.approx(float(size))
+        away = float(size.log().square())
+        assert losses[1] - losses[0] == pytest.approx(0.5 * away, rel=1e-4)
+        assert away > 0.1
 
     @pytest.mark.parametrize("learned_by", ["average", "gradient"])
     def test_who_moves_the_codes(self, learned_by: str) -> None:
