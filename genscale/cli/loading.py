@@ -18,6 +18,7 @@ from genscale.run_weights import is_exported
 from genscale.runs import RunFolder, new_folder
 from genscale.text_cache import TextCache
 
+_NEXT_SCALE = "genscale.samplers.next_scale.NextScale"
 _BY_SCALE = "genscale.guidance.scale_wise.ScaleGuidance"
 
 
@@ -54,6 +55,8 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
         cfg.run, checkpoint=cfg.checkpoint, weights=str(cfg.weights), device=cfg.device
     )
     sampler = inherit(cfg.sampler, own["sampler"])
+    if sampler["_target_"] == _NEXT_SCALE and sampler.get("num_scales") is None:
+        sampler["num_scales"] = len(pipeline.model.config.get("scales") or (1,))
     scale_wise = pipeline.objective.family == "scale_wise"
     guidance = (
         inherit(cfg.guidance, own["guidance"], unguided=_BY_SCALE)

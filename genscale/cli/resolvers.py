@@ -69,9 +69,9 @@ def mul(*factors: Number) -> Number:
     return math.prod(factors)
 
 
-def count(items: Sequence[Any]) -> int:
-    """Return how many items a list has."""
-    return len(items)
+def count(items: Sequence[Any] | None) -> int | None:
+    """Return how many items a list has; None where there is no list yet."""
+    return None if items is None else len(items)
 
 
 def tokenizer(run: str | None, setting: str, otherwise: Any) -> Any:
