@@ -32,7 +32,7 @@ class CodebookSettings:
     Args:
         learned_by: ``average``: every code is the moving average of the rows it was chosen for
             (arXiv:1711.00937, appendix A); ``gradient``: of the loss mse(f_hat, sg(f)).
-        decay: share of the average kept a step.
+        decay: share of the average kept a step; (1 + n) / (10 + n) at step n while that is less.
         kmeans_iterations: of Lloyd's algorithm, where the codes start; 0 leaves them as drawn.
         restart_below: a code chosen less often than this share of an even spread (as a moving
             average) becomes a row that was just seen; 0 restarts none.
@@ -194,8 +194,10 @@ class CodebookKeeper(nn.Module):
         fresh = first.expand_as(counts)
         sizes = torch.where(fresh, even, self.sizes)
         sums = torch.where(fresh[:, None], even * table, self.sums)
-        sizes = settings.decay * sizes + (1 - settings.decay) * counts
-        sums = settings.decay * sums + (1 - settings.decay) * seen.sums
+        # short at first: the encoder still moves fast, and codes that it leaves behind start anew
+        keep = ((1.0 + self.updates) / (10.0 + self.updates)).clamp(max=settings.decay)
+        sizes = keep * sizes + (1 - keep) * counts
+        sums = keep * sums + (1 - keep) * seen.sums
         codes = table
         if settings.learned_by == "average":
             codes = torch.where((sizes > 0)[:, None], sums / sizes.clamp(min=1e-12)[:, None], table)

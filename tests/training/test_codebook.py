@@ -103,6 +103,9 @@ class TestStart:
 class TestEndStep:
     def test_a_code_is_the_moving_average_of_its_rows(self) -> None:
         kept = keeper(decay=0.9, restart_below=0.0)
+        kept.updates.fill_(200)  # past the short averages of the beginning
+        kept.sizes.fill_(EVEN)
+        kept.sums.copy_(EVEN * kept.codes)
         before = kept.codes.clone()
         quantized = observe(kept, 0)
         kept.end_step(YES, SIZE)
@@ -113,6 +116,16 @@ class TestEndStep:
             expected = (0.9 * EVEN * before[code] + 0.1 * mine.sum(0)) / size
             assert torch.allclose(kept.codes[code], expected, atol=1e-6)
             assert float(kept.sizes[code]) == pytest.approx(size)
+
+    def test_averages_are_short_at_first(self) -> None:
+        kept = keeper(decay=0.9, restart_below=0.0)
+        expected = torch.full((VOCAB,), EVEN)
+        for step, decay in enumerate((1 / 10, 2 / 11, 3 / 12)):
+            tokens = observe(kept, step).tokens
+            kept.end_step(YES, SIZE)
+            counts = torch.bincount(tokens.flatten(), minlength=VOCAB)
+            expected = decay * expected + (1 - decay) * counts
+        assert torch.allclose(kept.sizes, expected)
 
     def test_by_gradient_codes_are_left_alone(self) -> None:
         kept = keeper(learned_by="gradient", restart_below=0.0)
@@ -127,11 +140,10 @@ class TestEndStep:
         kept = keeper(learned_by=learned_by, decay=0.5, restart_below=0.3)
         with torch.no_grad():
             kept.quantizer.embedding.weight[2] = 1e3
-        for step in range(2):
-            quantized = observe(kept, step)
-            assert 2 not in quantized.tokens
-            kept.end_step(YES, SIZE)
-        rows = torch.cat(quantized.residuals)  # dead after the second: 0.5^2 < 0.3
+        quantized = observe(kept, 0)
+        assert 2 not in quantized.tokens
+        kept.end_step(YES, SIZE)
+        rows = torch.cat(quantized.residuals)  # dead at once: of an even spread, 1 / 10 was kept
         assert float((rows - kept.codes[2]).abs().sum(1).min()) < 1e-6
         assert float(kept.sizes[2]) == pytest.approx(EVEN)
 
