@@ -15,6 +15,7 @@ THROUGH = {
         *("Branch", "FeatureUpsampler", "BranchSettings", "resolve_branches", "trained_size"),
         "default_pyramid_weights",
     ),
+    "check_alike": ("ScaleTokens",),
     "rms_norm": ("upcast",),
     "concat_norm_linear": ("compute_dtype",),
     "AxialRoPE": ("initial_log_frequencies",),

@@ -5,14 +5,20 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from genscale.cli.combinations import combination_problems, model_setting
+from genscale.cli.combinations import combination_problems, family_problems, model_setting
 from genscale.guidance.base import Unguided
+from genscale.guidance.cfg import ClassifierFree
+from genscale.guidance.scale_wise import ScaleGuidance
 from genscale.guidance.zero_star import ZeroStar
 from genscale.objectives.ddpm import DDPM
 from genscale.objectives.flow import FlowMatching
+from genscale.objectives.next_scale import NextScale
+from genscale.samplers.next_scale import NextScale as Decoding
+from genscale.samplers.ode import Euler
 
 DIT = "genscale.backbones.dit.DiT"
 DIMR = "genscale.backbones.dimr.DiMR"
+VAR = "genscale.backbones.var.VAR"
 
 
 @pytest.mark.parametrize(
@@ -54,6 +60,37 @@ def test_guidance_of_velocities_needs_one() -> None:
     assert combination_problems(model, DDPM(betas="continuous"), ZeroStar(), None) == []
     (problem,) = combination_problems(model, DDPM(), ZeroStar(), None)
     assert "guides the velocity of a flow" in problem
+
+
+@pytest.mark.parametrize(
+    ("target", "objective", "guidance", "sampler", "words"),
+    [
+        (VAR, NextScale(), ScaleGuidance(2.0), Decoding(3), []),
+        (VAR, NextScale(), Unguided(), Decoding(3), []),
+        (DIT, FlowMatching(), ClassifierFree(2.0), Euler(3), []),
+        (VAR, FlowMatching(), Unguided(), Decoding(3), ["VAR is a scale-wise model. Give objecti"]),
+        (DIT, NextScale(), Unguided(), Euler(3), ["DiT is a diffusion model. Give objective=flow"]),
+        (VAR, NextScale(), Unguided(), Euler(3), ["sampler=Euler is for a diffusion model"]),
+        (DIT, FlowMatching(), Unguided(), Decoding(3), ["sampler=NextScale is for a scale-wise"]),
+        (VAR, NextScale(), ClassifierFree(2.0), None, ["does not guide a scale-wise model"]),
+        (
+            *(DIT, FlowMatching(), ScaleGuidance(2.0), Decoding(3)),
+            ["Give sampler=sde", "Give guidance=cfg, or guidance=none"],
+        ),
+    ],
+)
+def test_parts_are_of_one_family(
+    target: str,
+    objective: FlowMatching | NextScale,
+    guidance: ClassifierFree | ScaleGuidance | Unguided,
+    sampler: Euler | Decoding | None,
+    words: list[str],
+) -> None:
+    model = OmegaConf.create({"_target_": target})
+    problems = family_problems(model, objective, guidance, sampler)
+    assert len(problems) == len(words)
+    assert all(word in problem for word, problem in zip(words, problems, strict=True))
+    assert combination_problems(model, objective, guidance, sampler) == problems
 
 
 def test_parts_that_could_not_be_built_are_told_of_elsewhere() -> None:

@@ -16,9 +16,9 @@ from genscale.backbones.var import VAR
 from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
 from genscale.guidance.base import Guidance, Unguided
-from genscale.guidance.scale_wise import ScaleGuidance
+from genscale.guidance.scale_wise import GuidedScales, ScaleGuidance
 from genscale.layers.scales import scale_spans
-from genscale.objectives.base import Batch
+from genscale.objectives.base import Batch, ScaleDecoder, ScalePrediction
 from genscale.objectives.next_scale import NextScale as Objective
 from genscale.objectives.next_scale import scale_terms
 from genscale.objectives.scale_view import check_alike
@@ -278,6 +278,10 @@ class TestGuidance:
     ) -> None:
         plain, sampler = Objective().view(network, tokenizer), NextScale(4, temperature=0.0)
         model = ScaleGuidance(4.0).wrap(plain)
+        assert isinstance(model, GuidedScales)
+        assert isinstance(model, ScaleDecoder)
+        cond = Conditioning(labels=torch.arange(COUNT))
+        assert isinstance(model(torch.zeros(COUNT, 1, 6), 0, cond), ScalePrediction)
         state = start(sampler, model)
         wanted, unwanted = start(sampler, plain), start(sampler, plain)
         unwanted = sampler.start(plain, wanted.cond.null(), wanted.seeds)
