@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from genscale.autoencoders.msvq import MSVQ
 from genscale.backbones.base import ScaleBackbone
+from genscale.backbones.mvar import MVAR
 from genscale.backbones.var import VAR
 from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
@@ -31,7 +33,7 @@ SCALES = [1, 2, 3, 4]
 LENGTH = 1 + 4 + 9 + 16
 VOCAB = 24
 COUNT = 4
-BACKBONES: dict[str, type[ScaleBackbone]] = {"var": VAR}
+BACKBONES: dict[str, type[ScaleBackbone]] = {"var": VAR, "mvar": MVAR}
 SAMPLERS = {
     "plain": NextScale(4),
     "filtered": NextScale(4, top_k=9, top_p=0.8, temperature=[1.0, 1.0, 0.5, 0.0]),
@@ -440,3 +442,41 @@ class TestObjective:
             ConfigError, match=r"is \[1, 2, 3, 4\], but the tokenizer has \[1, 2, 4\]"
         ):
             Objective().view(network, other)
+
+
+@pytest.mark.gpu
+class TestOnGPU:
+    @pytest.fixture(autouse=True)
+    def full_precision(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+    def test_the_same_tokens_are_drawn(
+        self, network: ScaleBackbone, tokenizer: MSVQ, guidance: Guidance
+    ) -> None:
+        sampler = NextScale(4, top_k=9, top_p=0.9)
+        drawn = []
+        for device in ("cpu", "cuda"):
+            network.to(device)  # type: ignore[arg-type]
+            model = guidance.wrap(Objective().view(network, copy.deepcopy(tokenizer).to(device)))
+            drawn.append(finish(sampler, model, start(sampler, model)).history["tokens"].cpu())
+        assert torch.equal(*drawn)
+
+    def test_a_trajectory_is_one_graph(self, network: ScaleBackbone, tokenizer: MSVQ) -> None:
+        network.to("cuda")  # type: ignore[arg-type]
+        view = Objective().view(network, copy.deepcopy(tokenizer).to("cuda"))
+        model, sampler = ScaleGuidance(3.0, stop=3).wrap(view), NextScale(4)
+        labels = torch.arange(COUNT, device="cuda")
+        noise = torch.randn(COUNT, LENGTH, device="cuda")
+
+        def tokens() -> Tensor:
+            cond = Conditioning(labels=labels)
+            return sampler.run(model, cond, torch.arange(COUNT), noise).history["tokens"]
+
+        for _ in range(3):  # kernels are chosen before the capture
+            tokens()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = tokens()
+        noise.copy_(torch.randn(COUNT, LENGTH))
+        graph.replay()
+        assert torch.equal(captured, tokens())
