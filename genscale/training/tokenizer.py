@@ -32,8 +32,7 @@ class VQReconstruction(ReconstructionRecipe):
         warmup_steps: optimizer steps without quantiser; 0 starts with the codes as drawn.
         codebook: how codes are learned; see :class:`~genscale.training.codebook.CodebookSettings`.
         size_weight: of the squared logarithm of the latents' root mean square. Nothing else says
-            how large latents are, and where codes follow them with a delay they run away: phi
-            layers learn to enlarge the codes, the sum overshoots, and draws the latents after it.
+            how large latents are; held near 1, the other weights mean the same for any data.
         entropy_weight: of log V minus the entropy of the mean soft choice of codes, averaged over
             the scales; 0 leaves it out.
         entropy_temperature: of the soft choice, in units of the mean squared distance to a code.

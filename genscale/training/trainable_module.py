@@ -94,8 +94,9 @@ class TrainableModule(StepModule):
             )
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    held = parameter.grad
-                    parameter.grad = gradient if held is None else held + gradient
+                    # strides are the parameter's: fused optimizers go by memory, not by index
+                    held = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    parameter.grad = held.add_(gradient)
 
     def _learning(self, name: str) -> list[nn.Parameter]:
         return [p for p in self.trainable.groups()[name].parameters() if p.requires_grad]

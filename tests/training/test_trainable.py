@@ -161,6 +161,42 @@ def test_the_average_is_of_the_model_alone() -> None:
     assert names == {"model.weight", "ema.weight", "trainable.rival.weight"}
 
 
+class Turned(Trainable):
+    """A convolution of pictures whose channels lie last, and so do those of its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(8, 8, 3, padding=1, bias=False))
+        with torch.no_grad():
+            self.model.weight.copy_(torch.linspace(-1, 1, 576).sin().view(8, 8, 3, 3))
+
+    def losses(self, batch: PictureBatch, rng: StepRandom) -> GroupLosses:
+        factors = torch.linspace(-2, 3, 8)[:, None, None]
+        wide = (batch.images * factors).contiguous(memory_format=torch.channels_last)
+        return GroupLosses({MODEL: (self.model(wide) * factors.flip(0)).square().mean()})
+
+
+def test_gradients_arrive_in_the_layout_of_their_parameters() -> None:
+    turned = Turned()
+    before = turned.model.weight.detach().clone()
+    batches: list[PictureBatch] = []
+    losses = turned.losses
+
+    def watched(batch: PictureBatch, rng: StepRandom) -> GroupLosses:
+        batches.append(batch)
+        return losses(batch, rng)
+
+    turned.losses = watched  # type: ignore[method-assign]
+    fit(turned, 1)
+    after = turned.model.weight.detach().clone()
+    with torch.no_grad():
+        turned.model.weight.copy_(before)
+    loss = losses(batches[0], StepRandom(0, batches[0].position)).by_group[MODEL]
+    (gradient,) = torch.autograd.grad(loss, turned.model.weight)
+    assert gradient.stride() != turned.model.weight.stride()
+    # the first step of AdamW is the gradient's sign
+    assert torch.equal((before - after).sign(), gradient.sign())
+
+
 def test_gradients_are_clipped_group_by_group() -> None:
     duel = Duel()
     module = fit(duel, 1, gradient_clip=1e-3)
