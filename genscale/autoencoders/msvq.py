@@ -24,8 +24,8 @@ from genscale.layers.scales import Scales, as_scales
 class MSVQ(ScaleTokenizer, ModelMixin, ConfigMixin):
     """A VQGAN whose latents are sums of token maps of growing size.
 
-    All that makes tokens is computed in float32, autocast or not. The defaults are those of the published
-    tokenizer, for pictures of 256 x 256.
+    All that makes tokens is computed in float32, autocast or not. The defaults are those of the
+    published tokenizer, for pictures of 256 x 256.
 
     Args:
         scales: side, or ``[height, width]``, of every token map, coarse first; the last is the

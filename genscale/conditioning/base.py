@@ -77,7 +77,10 @@ class Conditioning:
 
         Size, frame rate and reference are kept: they describe the picture, not the wish.
         """
-        return self.drop(torch.ones(len(self), dtype=torch.bool))
+        tensors = (getattr(self, field.name) for field in fields(self))
+        # made where it is used: nothing is copied to the device
+        device = next((value.device for value in tensors if isinstance(value, Tensor)), None)
+        return self.drop(torch.ones(len(self), dtype=torch.bool, device=device))
 
     def drop(self, mask: Tensor) -> Conditioning:
         """Replace the condition by the null condition where ``mask`` ``(B,)`` bool is true."""

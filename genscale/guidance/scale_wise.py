@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -150,8 +151,9 @@ class GuidedScales(ScaleDecoder):
                 f"guidance.scale={self.guidance.scale:g} needs a class or text condition to guide "
                 "by, but none was given (is the model unconditional?). Use guidance=none."
             )
-        both = Conditioning.cat([cond, cond.null()])
-        order = torch.arange(2 * batch, device="cpu").view(2, batch).t().flatten()
+        asked = replace(cond, requests=None)  # no network reads them
+        both = Conditioning.cat([asked, asked.null()])
+        order = torch.arange(2 * batch, device=self.device).view(2, batch).t().flatten()
         memory = self.view.begin(both.select(order), 2 * batch)
         return map_tensors(memory, lambda rows: rows.unflatten(0, (batch, 2)))
 
