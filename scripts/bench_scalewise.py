@@ -296,7 +296,7 @@ def measure(
     def pictures() -> Tensor:
         latents = tokens_alone()
         with torch.autocast("cuda", torch.bfloat16):
-            return torch.cat([codes.decode(part) for part in latents.split(DECODED)])
+            return torch.cat([codes.decode(part) for part in torch.split(latents, DECODED)])
 
     torch.cuda.reset_peak_memory_stats()
     alone, both = cuda_seconds(tokens_alone, repeats), cuda_seconds(pictures, repeats)
