@@ -33,6 +33,15 @@ def test_objects_keep_the_margin_and_the_gap(drawn: list[CaptionedScene]) -> Non
             assert between - (one.size + other.size) / 2 >= GAP - 1e-9
 
 
+@pytest.mark.parametrize("index", [217, 484, 817, 828])
+def test_pairs_that_have_no_room_get_other_sizes(index: int) -> None:
+    # the first sizes drawn for these rows fit nowhere, or nearly so
+    scene = scene_at(0, index, ["relation"], 6).scene
+    one, other = scene.objects
+    apart = max(abs(one.x - other.x), abs(one.y - other.y))
+    assert apart >= (one.size + other.size) / 2 + GAP - 1e-9
+
+
 def test_all_kinds_come_up(drawn: list[CaptionedScene]) -> None:
     tasks = Counter(each.task for each in drawn)
     assert set(tasks) == set(TASKS)

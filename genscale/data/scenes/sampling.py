@@ -30,6 +30,7 @@ _LARGEST = (0.5, 0.44, 0.38, 0.32, 0.27, 0.27)  # sizes of one, two, ... objects
 _SCATTERED = 4  # so many objects find room by chance
 _CLEAR = 0.6  # a relation that is captioned holds by more than the threshold of 0.5
 _TRIES = 24  # places tried for an object before the scene starts anew
+_STARTS = 50  # of a scene, before its objects get other sizes: some pairs have no room at all
 
 Kind = tuple[Colour, Shape]
 
@@ -93,17 +94,26 @@ def _draw_kinds(
 
 def _place(rng: np.random.Generator, kinds: Sequence[Kind]) -> tuple[SceneObject, ...]:
     """Give every object a size and a place where its box keeps the gap to the others."""
-    sizes = rng.uniform(SMALLEST, _LARGEST[len(kinds) - 1], len(kinds)).tolist()
-    places = _scatter(rng, sizes) if len(kinds) <= _SCATTERED else _in_lines(rng, sizes)
+    places = None
+    while places is None:
+        sizes = rng.uniform(SMALLEST, _LARGEST[len(kinds) - 1], len(kinds)).tolist()
+        places = _scatter(rng, sizes) if len(kinds) <= _SCATTERED else _in_lines(rng, sizes)
     return tuple(
         SceneObject(shape, colour, x, y, size)
         for (colour, shape), (x, y), size in zip(kinds, places, sizes, strict=True)
     )
 
 
-def _scatter(rng: np.random.Generator, sizes: Sequence[float]) -> list[tuple[float, float]]:
-    """Put boxes one after the other wherever there is room; start anew when there is none."""
+def _scatter(
+    rng: np.random.Generator, sizes: Sequence[float]
+) -> list[tuple[float, float]] | None:
+    """Put boxes one after the other wherever there is room; start anew when there is none.
+
+    Returns:
+        their centres, or None where all starts failed.
+    """
     placed: list[tuple[float, float]] = []
+    starts = 0
     while len(placed) < len(sizes):
         size = sizes[len(placed)]
         reach = MARGIN + size / 2
@@ -115,7 +125,9 @@ def _scatter(rng: np.random.Generator, sizes: Sequence[float]) -> list[tuple[flo
                 placed.append((x, y))
                 break
         else:
-            placed = []
+            placed, starts = [], starts + 1
+            if starts == _STARTS:
+                return None
     return placed
 
 
