@@ -17,7 +17,7 @@ from genscale.layers.scales import features_at
 from genscale.rng import StepRandom
 from genscale.training.codebook import CodebookKeeper, CodebookSettings
 from genscale.training.reconstruction import ReconstructionLoss, ReconstructionRecipe
-from genscale.training.trainable import MODEL, GroupLosses, PictureBatch, Trainable
+from genscale.training.trainable import MODEL, GroupLosses, PictureBatch, Trainable, all_mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +109,9 @@ class TokenizerTraining(Trainable):
         out: GroupLosses = self.reconstruction(
             batch.images, reconstructed, batch.step, model.decoder.conv_out.weight
         )
-        size = features.float().square().mean().sqrt()
-        terms: dict[str, Any] = {**out.terms, "latent_size": size.detach()}
-        loss = out.by_group[MODEL] + self.recipe.size_weight * size.log().square()
+        deviation, size = size_deviation(features)
+        terms: dict[str, Any] = {**out.terms, "latent_size": size}
+        loss = out.by_group[MODEL] + self.recipe.size_weight * deviation
         if quantized is None:
             return GroupLosses({**out.by_group, MODEL: loss}, terms)
         vq = quantized.losses.mean()
@@ -156,3 +156,15 @@ class TokenizerTraining(Trainable):
         usage = self.keeper.usage(max(self._size, 1))
         names = [f"usage/{h}x{w}" for h, w in self.model.scales]
         return dict(zip(names, usage.unbind(), strict=True))
+
+
+def size_deviation(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared logarithm of the root mean square of latents, and that root.
+
+    The mean square is that of all processes. So is the gradient, once it is averaged over them:
+    the logarithm of each process's own would give another one.
+    """
+    own = latents.float().square().mean()
+    square = all_mean(own.detach().clone())
+    slope = 0.5 * square.log() / square  # of 0.25 log(square)^2
+    return 0.25 * square.log().square() + slope * (own - own.detach()), square.sqrt()

@@ -121,3 +121,10 @@ def all_reduce(tensor: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def all_mean(tensor: Tensor) -> Tensor:
+    """Return the mean over all processes; of one process, the tensor itself."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return all_reduce(tensor) / torch.distributed.get_world_size()
+    return tensor

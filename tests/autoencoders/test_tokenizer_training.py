@@ -27,7 +27,7 @@ from genscale.training.reconstruction import (
     map_distance,
     psnr,
 )
-from genscale.training.tokenizer import TokenizerTraining, VQReconstruction
+from genscale.training.tokenizer import TokenizerTraining, VQReconstruction, size_deviation
 from genscale.training.trainable import MODEL, PictureBatch, TrainableRecipe
 
 
@@ -270,6 +270,16 @@ class TestTokenizer:
         assert float(out.terms["missing_entropy"]) > 0
         training._missing_entropy(features, model.quantize(features)).backward()
         assert float(model.encoder.conv_in.weight.grad.abs().max()) > 0
+
+    def test_the_size_of_latents_has_the_gradient_of_its_squared_logarithm(self) -> None:
+        latents = (3 * torch.randn(2, 3, 4, 4)).requires_grad_()
+        deviation, size = size_deviation(latents)
+        expected = latents.square().mean().sqrt().log().square()
+        assert float(size) == pytest.approx(float(latents.detach().square().mean().sqrt()))
+        assert float(deviation) == pytest.approx(float(expected), rel=1e-5)
+        (ours,) = torch.autograd.grad(deviation, latents)
+        (theirs,) = torch.autograd.grad(expected, latents)
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7)
 
     def test_another_network_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="Give model=msvq"):

@@ -301,7 +301,7 @@ def test_two_processes_train_as_one(
         read_checkpoint(RunFolder(tmp_path / name).checkpoint(12))["state_dict"]
         for name in ("one", "two")
     ]
-    assert largest_difference(*states) <= 1e-3
+    assert largest_difference(*states) <= 1e-4  # measured: 6e-6
 
 
 def test_a_run_of_a_backbone_is_none_of_an_autoencoder(trained_run: Path) -> None:

@@ -22,6 +22,7 @@ from genscale.training.trainable import (
     GroupLosses,
     PictureBatch,
     Trainable,
+    all_mean,
     all_reduce,
 )
 from genscale.training.trainable_module import TrainableModule
@@ -207,3 +208,4 @@ def test_gradients_are_clipped_group_by_group() -> None:
 
 def test_sums_of_one_process_are_the_numbers_themselves() -> None:
     assert torch.equal(all_reduce(torch.arange(3.0)), torch.arange(3.0))
+    assert torch.equal(all_mean(torch.arange(3.0)), torch.arange(3.0))
