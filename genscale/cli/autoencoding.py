@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from genscale.cli.app import instantiate
 
@@ -40,8 +40,36 @@ def autoencoder_problems(cfg: DictConfig, datamodule: Any) -> list[str]:
     else:
         if not problems:  # else the sizes are not known yet
             problems += size_problems(autoencoder, datamodule.resolution)
+            problems += token_problems(cfg.model, autoencoder)
         problems += channel_problems(autoencoder, datamodule.channels)
     return problems
+
+
+def token_problems(model: DictConfig, autoencoder: Autoencoder) -> list[str]:
+    """Return a sentence for every number of tokens in which model and tokenizer differ.
+
+    Args:
+        model: the model's node; it is not built.
+        autoencoder: of any kind.
+    """
+    from genscale.autoencoders.base import ScaleTokenizer
+    from genscale.layers.scales import as_scales
+
+    if not isinstance(autoencoder, ScaleTokenizer) or model.get("scales") is None:
+        return []
+    given: Any = OmegaConf.to_container(model.scales, resolve=True)
+    scales = as_scales(given)
+    pairs = {
+        "scales": (scales, autoencoder.scales),
+        "vocab_size": (model.vocab_size, autoencoder.vocab_size),
+        "latent_channels": (model.latent_channels, autoencoder.latent_channels),
+    }
+    return [
+        f"model.{name} is {own}, but the tokenizer has {other}. Leave model.{name} out, so that it "
+        "follows the tokenizer, or give the autoencoder.run it was made for."
+        for name, (own, other) in pairs.items()
+        if own != other
+    ]
 
 
 def size_problems(autoencoder: Autoencoder, resolution: int) -> list[str]:

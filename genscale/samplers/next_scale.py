@@ -51,7 +51,7 @@ class NextScale(Sampler):
 
     def __init__(
         self,
-        num_scales: int,
+        num_scales: int | None = None,
         *,
         top_k: int = 0,
         top_p: float = 0.0,
@@ -61,10 +61,10 @@ class NextScale(Sampler):
         smooth_until: int | None = None,
         smooth_filtered: bool = True,
     ) -> None:
-        if num_scales < 1:
+        if num_scales is None or num_scales < 1:
             raise ConfigError(
-                f"sampler.num_scales must be at least 1, but is {num_scales}. It is the number of "
-                "the model's scales."
+                f"sampler.num_scales must be the number of a scale-wise model's scales, but is "
+                f"{num_scales}. Diffusion models have none: choose another sampler=..."
             )
         if top_k < 0:
             raise ConfigError(f"sampler.top_k must not be negative, but is {top_k}. 0 keeps all.")

@@ -29,7 +29,7 @@ from genscale.autoencoders.vq_layers import (
     SpatialAttention,
     Upsample,
 )
-from genscale.cli.autoencoding import size_problems
+from genscale.cli.autoencoding import size_problems, token_problems
 from genscale.cli.resolvers import register_resolvers, tokenizer
 from genscale.errors import CheckpointError, ConfigError
 from genscale.rng import key, normal
@@ -414,6 +414,15 @@ class TestTrainedMSVQ:
         (sentence,) = size_problems(trained, 24)
         assert sentence.startswith("data.resolution=24, but the tokenizer's scales end with [4, 4]")
         assert "for pictures of 16 x 16" in sentence
+
+    def test_a_model_of_other_tokens_is_refused_before_a_run(self, folder: Path) -> None:
+        trained = TrainedMSVQ(run=str(folder))
+        own = {"scales": [1, 2, 4], "vocab_size": 128, "latent_channels": trained.latent_channels}
+        assert token_problems(OmegaConf.create(own), trained) == []
+        assert token_problems(OmegaConf.create({"depth": 3}), trained) == []
+        (sentence,) = token_problems(OmegaConf.create({**own, "vocab_size": 64}), trained)
+        assert sentence.startswith("model.vocab_size is 64, but the tokenizer has 128.")
+        assert len(token_problems(OmegaConf.create({**own, "scales": [1, 4]}), trained)) == 1
 
     def test_pixels_are_no_tokens(self) -> None:
         assert not isinstance(Identity(latent_channels=3), ScaleTokenizer)

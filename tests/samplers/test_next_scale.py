@@ -397,7 +397,7 @@ class TestDraws:
             NextScale(4, temperature=[1.0, 2.0])
         with pytest.raises(ConfigError, match="top_k must not be negative"):
             NextScale(4, top_k=-1)
-        with pytest.raises(ConfigError, match="num_scales must be at least 1"):
+        with pytest.raises(ConfigError, match="num_scales must be the number of"):
             NextScale(0)
 
     def test_labels_say_what_changes_the_samples(self) -> None:
