@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from genscale.cli.app import instantiate
 
@@ -57,8 +57,7 @@ def token_problems(model: DictConfig, autoencoder: Autoencoder) -> list[str]:
 
     if not isinstance(autoencoder, ScaleTokenizer) or model.get("scales") is None:
         return []
-    given: Any = OmegaConf.to_container(model.scales, resolve=True)
-    scales = as_scales(given)
+    scales = as_scales([s if isinstance(s, int) else tuple(s) for s in model.scales])
     pairs = {
         "scales": (scales, autoencoder.scales),
         "vocab_size": (model.vocab_size, autoencoder.vocab_size),
