@@ -417,7 +417,11 @@ class TestTrainedMSVQ:
 
     def test_a_model_of_other_tokens_is_refused_before_a_run(self, folder: Path) -> None:
         trained = TrainedMSVQ(run=str(folder))
-        own = {"scales": [1, [2, 2], 4], "vocab_size": 128, "latent_channels": trained.latent_channels}
+        own = {
+            "scales": [1, [2, 2], 4],
+            "vocab_size": 128,
+            "latent_channels": trained.latent_channels,
+        }
         assert token_problems(OmegaConf.create(own), trained) == []
         assert token_problems(OmegaConf.create({"depth": 3}), trained) == []
         (sentence,) = token_problems(OmegaConf.create({**own, "vocab_size": 64}), trained)
