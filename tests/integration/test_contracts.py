@@ -11,8 +11,10 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from genscale import rng
-from genscale.autoencoders.base import Autoencoder, Variational
+from genscale.autoencoders.base import Autoencoder
+from genscale.autoencoders.msvq import MSVQ
 from genscale.backbones.base import Backbone
+from genscale.backbones.var import VAR
 from genscale.cli.app import conf_directory
 from genscale.cli.building import instantiate
 from genscale.cli.resolvers import register_resolvers
@@ -22,11 +24,12 @@ from genscale.guidance.autoguidance import Autoguidance
 from genscale.guidance.base import Guidance
 from genscale.metrics.features import FeatureNetwork
 from genscale.metrics.suite import EvaluationSuite
-from genscale.objectives.base import Batch, Denoiser, LossOutput, Objective
+from genscale.objectives.base import Batch, Denoiser, LossOutput, Objective, ScaleDecoder
 from genscale.rng import StepRandom
 from genscale.samplers.base import Sampler
 from genscale.training.ema import EMA
 from genscale.training.lr_schedule import Schedule
+from genscale.training.trainable import TrainableRecipe
 
 CONF = conf_directory()
 CONTRACTS = {
@@ -40,16 +43,34 @@ CONTRACTS = {
 }
 # name nothing of their own
 FROM_A_RUN = {(group, "run") for group in ("sampler", "guidance", "autoencoder", "metrics")}
+FROM_A_RUN.add(("sampler", "none"))
 
 
 def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+def family_of(group: str, option: str) -> str:
+    """Return whether an option belongs to scale-wise models, to autoencoders, or to diffusion."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        target = str(compose(f"{group}/{option}")[group]._target_)
+    if target.startswith("genscale.training."):
+        return "autoencoder"
+    scale_wise = ("NextScale", "ScaleGuidance")
+    return "scale_wise" if target.rpartition(".")[2] in scale_wise else "diffusion"
+
+
+def of_family(group: str, family: str) -> list[str]:
+    found = [o for o in options(group) if (group, o) not in FROM_A_RUN]
+    return [o for o in found if family_of(group, o) == family]
+
+
 def build(group: str, option: str, *words: str) -> Any:
     register_resolvers()
+    needs_scales = group == "sampler" and family_of(group, option) == "scale_wise"
+    model = ("model=var",) if needs_scales else ()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=[f"{group}={option}", *words])
+        cfg = compose("train", overrides=[*model, f"{group}={option}", *words])
     return instantiate(cfg[group], group)
 
 
@@ -66,7 +87,8 @@ def backbone() -> Backbone:
 )
 def test_an_option_is_what_its_group_promises(group: str, option: str) -> None:
     built = build(group, option)
-    assert isinstance(built, CONTRACTS[group])
+    recipe = group == "objective" and family_of(group, option) == "autoencoder"
+    assert isinstance(built, TrainableRecipe if recipe else CONTRACTS[group])
     if isinstance(built, EvaluationSuite):
         assert built.networks
         assert all(isinstance(network, FeatureNetwork) for network in built.networks)
@@ -76,8 +98,8 @@ class TestAutoencoders:
     @pytest.mark.parametrize("option", [o for o in options("autoencoder") if o != "run"])
     def test_pictures_come_back(self, option: str) -> None:
         autoencoder: Autoencoder = build("autoencoder", option)
-        if isinstance(autoencoder, Variational):  # weights are files: tests/autoencoders/test_kl.py
-            assert autoencoder.check(encodes=True, decodes=True)
+        if autoencoder.check(encodes=True, decodes=True):  # weights are files: tests/autoencoders
+            assert option != "identity"
             return
         side = 8 * autoencoder.downsample
         images = torch.linspace(-1, 1, side * side).view(1, 1, side, side)
@@ -87,7 +109,7 @@ class TestAutoencoders:
 
 
 class TestObjectives:
-    @pytest.mark.parametrize("option", options("objective"))
+    @pytest.mark.parametrize("option", of_family("objective", "diffusion"))
     def test_a_loss_is_a_function_of_seed_and_positions(
         self, option: str, backbone: Backbone
     ) -> None:
@@ -112,7 +134,26 @@ class TestObjectives:
         other = objective.loss(backbone, batch, rng.for_step(1, batch.position))
         assert not torch.equal(first.loss, other.loss)
 
-    @pytest.mark.parametrize("option", options("objective"))
+    @pytest.mark.parametrize("option", of_family("objective", "scale_wise"))
+    def test_tokens_are_predicted(self, option: str, tokens: tuple[VAR, MSVQ]) -> None:
+        network, tokenizer = tokens
+        objective: Objective = build("objective", option)
+        ids = torch.arange(3 * 5).view(3, 5)
+        batch = Batch(
+            clean=ids,
+            cond=Conditioning(labels=torch.arange(3)),
+            position=torch.arange(3),
+            features=tokenizer.features(ids),
+        )
+        out = objective.loss(network, batch, rng.for_step(0, batch.position))
+        assert isinstance(out, LossOutput)
+        assert out.loss.requires_grad
+        assert out.per_sample.shape == (3,)
+        view = objective.view(network, tokenizer)
+        assert isinstance(view, ScaleDecoder)
+        assert tuple(view.sample_shape) == (4, 2, 2)
+
+    @pytest.mark.parametrize("option", of_family("objective", "diffusion"))
     def test_samplers_see_a_denoiser(self, option: str, backbone: Backbone) -> None:
         view = build("objective", option).view(backbone)
         assert isinstance(view, Denoiser)
@@ -137,9 +178,39 @@ def weak(backbone: Backbone) -> Backbone:
     return earlier
 
 
+@pytest.fixture(scope="module")
+def tokens() -> tuple[VAR, MSVQ]:
+    torch.manual_seed(0)
+    sizes = {"scales": [1, 2], "latent_channels": 4, "vocab_size": 16}
+    network = VAR(**sizes, num_classes=5, hidden_size=16, depth=1, num_heads=2)
+    tokenizer = MSVQ(
+        **sizes, hidden_size=8, channel_multipliers=(1, 2), num_blocks=1, norm_groups=4
+    )
+    return network.eval(), tokenizer.eval().requires_grad_(False)
+
+
+class TestScaleWise:
+    @pytest.mark.parametrize("option", ["none", *of_family("guidance", "scale_wise")])
+    @pytest.mark.parametrize("sampler", of_family("sampler", "scale_wise"))
+    def test_every_sampler_runs_with_every_guidance(
+        self, option: str, sampler: str, tokens: tuple[VAR, MSVQ]
+    ) -> None:
+        words = () if option == "none" else ("guidance.scale=3",)
+        guidance: Guidance = build("guidance", option, *words)
+        solver: Sampler = build("sampler", sampler, "sampler.num_scales=2")
+        view = guidance.wrap(build("objective", "next_scale").view(*tokens))
+        with torch.no_grad():
+            state = solver.run(
+                view, Conditioning(labels=torch.arange(3)), rng.sample_seeds(0, 0, 3)
+            )
+        assert solver.finish(state).shape == (3, 4, 2, 2)
+        branches = 1 if option == "none" else 2
+        assert state.nfe.tolist() == [branches * solver.nfe(0, 2)] * 3
+
+
 class TestGuidance:
-    @pytest.mark.parametrize("option", [o for o in options("guidance") if o != "run"])
-    @pytest.mark.parametrize("sampler", [o for o in options("sampler") if o != "run"])
+    @pytest.mark.parametrize("option", of_family("guidance", "diffusion"))
+    @pytest.mark.parametrize("sampler", of_family("sampler", "diffusion"))
     def test_every_sampler_runs_with_every_guidance(
         self, option: str, sampler: str, backbone: Backbone, weak: Backbone
     ) -> None:
