@@ -244,6 +244,7 @@ class TestTrainLog:
 
         class SlowPipeline:
             num_classes = 2
+            text = None
 
             def generate(self, **settings: Any) -> Tensor:
                 now[0] += 100
@@ -377,6 +378,7 @@ class TestSampleGrid:
 
         class Pipeline:
             num_classes = 2
+            text = None
 
             def generate(self, **settings: Any) -> Tensor:
                 asked.append(settings)
@@ -400,6 +402,7 @@ class TestSampleGrid:
     ) -> None:
         class Pipeline:
             num_classes = 2
+            text = None
 
             def generate(self, **settings: Any) -> Tensor:
                 torch.rand(100)  # whatever it does to torch's own generator
