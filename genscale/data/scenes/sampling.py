@@ -104,9 +104,7 @@ def _place(rng: np.random.Generator, kinds: Sequence[Kind]) -> tuple[SceneObject
     )
 
 
-def _scatter(
-    rng: np.random.Generator, sizes: Sequence[float]
-) -> list[tuple[float, float]] | None:
+def _scatter(rng: np.random.Generator, sizes: Sequence[float]) -> list[tuple[float, float]] | None:
     """Put boxes one after the other wherever there is room; start anew when there is none.
 
     Returns:
