@@ -48,7 +48,7 @@ from genscale.conditioning.base import Conditioning
 from genscale.flops import count_flops
 from genscale.guidance.scale_wise import ScaleGuidance
 from genscale.layers.scales import Scales, scale_spans
-from genscale.objectives.base import Batch, ScaleDecoder
+from genscale.objectives.base import Batch, ScaleDecoder, ScalePrediction
 from genscale.objectives.next_scale import NextScale as Objective
 from genscale.rng import for_step
 from genscale.samplers.base import State
@@ -140,17 +140,11 @@ def sample_naively(network: VAR, codes: MSVQ, batch: int) -> Tensor:
             wanted, unwanted = logits.chunk(2)
             weight = guidance.weight(scale, len(SCALES))
             guided = weight * wanted - (weight - 1.0) * unwanted
-            return scale_wise_prediction(guided)
+            cost = torch.full((len(guided),), 2.0, dtype=torch.float64)
+            return ScalePrediction(guided, {}, cost)
 
     with torch.no_grad(), dense_mask(view.scales):
         return sampler.run(Prefix(), cond, torch.arange(batch)).history["tokens"]
-
-
-def scale_wise_prediction(logits: Tensor) -> Any:
-    """Return logits as a view hands them over."""
-    from genscale.objectives.base import ScalePrediction
-
-    return ScalePrediction(logits, {}, torch.full((len(logits),), 2.0, dtype=torch.float64))
 
 
 @torch.no_grad()

@@ -34,7 +34,8 @@ THROUGH = {
     "read_signature": ("Signature",),
     "main": (
         "help_page",  # --help
-        *("train_log", "build_trainer", "usual_callbacks", "print_values"),
+        *("train_log", "build_trainer", "usual_callbacks", "summarise"),
+        "print_values",
         *("settings_problems", "logger_problems", "problem_of"),
         *("is_trainable", "check_trainable", "assemble_trainable", "export_trainable"),
     ),

@@ -1,7 +1,8 @@
-"""What every training run is given besides what it trains: log, trainer, callbacks."""
+"""What every training run is given besides what it trains: log, trainer, callbacks, summary."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,39 @@ def _profiler(name: str | None, folder: RunFolder) -> Any:
             f"{did_you_mean(str(name), list(known))}"
         )
     return known[name](dirpath=folder.path, filename="profile")
+
+
+def summarise(
+    cfg: DictConfig, folder: RunFolder, module: Any, log: Any, **further: float | None
+) -> None:
+    """Write ``summary.json`` and the report of a finished run, and print where they are.
+
+    Args:
+        cfg: the composed config.
+        folder: of the run.
+        module: what was trained.
+        log: of the run.
+        further: numbers of this kind of run, by name.
+    """
+    from genscale.backbones.base import parameter_count
+    from genscale.io.files import write_json
+    from genscale.report import write_report
+
+    summary = {
+        "steps": module.step,
+        "samples_seen": module.samples_seen,
+        "seconds": round(log.seconds, 1),
+        "device": str(module.device),
+        "seed": cfg.seed,
+        "parameters": parameter_count(module.model),
+        "gflops": module.flops[""] / 1e9,
+        "loss": log.latest.get("train/loss"),
+        **further,
+    }
+    write_json(folder.path / "summary.json", summary)
+    report = write_report(folder.path)
+    print(json.dumps(summary))
+    print(f"report: {shown(report)}")
 
 
 def shown(path: Path) -> Path:

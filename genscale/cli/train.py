@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from genscale import dist
 from genscale.cli.app import instantiate
-from genscale.cli.fitting import build_trainer, shown, train_log, usual_callbacks
+from genscale.cli.fitting import build_trainer, shown, summarise, train_log, usual_callbacks
 from genscale.cli.placing import locate
 from genscale.cli.sample import label_law
 from genscale.cli.startup import (
@@ -245,29 +244,13 @@ def _end(
 
 
 def _export(cfg: DictConfig, folder: RunFolder, trainer: Any, module: Any, log: Any) -> None:
-    from genscale.backbones.base import parameter_count
-    from genscale.io.files import write_json
     from genscale.pipeline import GenerationPipeline
-    from genscale.report import write_report
 
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     # the last checkpoint: there, the weights are whole whatever the strategy
     pipeline = GenerationPipeline.from_run(folder.path, device="cpu")
     pipeline.save_pretrained(folder.path / "export", config)
-    summary = {
-        "steps": module.step,
-        "samples_seen": module.samples_seen,
-        "seconds": round(log.seconds, 1),
-        "device": str(module.device),
-        "seed": cfg.seed,
-        "parameters": parameter_count(module.model),
-        "gflops": module.flops[""] / 1e9,
-        "loss": log.latest.get("train/loss"),
-    }
-    write_json(folder.path / "summary.json", summary)
-    report = write_report(folder.path)
+    summarise(cfg, folder, module, log)
     place = shown(folder.path)
-    print(json.dumps(summary))
-    print(f"report: {shown(report)}")
     print(f"sample:   python sample.py run={place} num_samples=64 guidance.scale=2")
     print(f"evaluate: python evaluate.py run={place} num_samples={cfg.evaluation.num_samples}")

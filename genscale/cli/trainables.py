@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from genscale.cli.app import instantiate
-from genscale.cli.fitting import build_trainer, shown, train_log, usual_callbacks
+from genscale.cli.fitting import build_trainer, shown, summarise, train_log, usual_callbacks
 from genscale.cli.startup import logger_problems, problem_of, settings_problems
 from genscale.errors import ConfigError
 from genscale.runs import RunFolder
@@ -165,30 +164,13 @@ def export_trainable(
     cfg: DictConfig, folder: RunFolder, trainer: Any, module: Any, log: Any
 ) -> None:
     """Write ``export/``, ``summary.json`` and the report, and say how to go on."""
-    from genscale.backbones.base import parameter_count
-    from genscale.io.files import write_json
-    from genscale.report import write_report
     from genscale.training.autoencoder_run import load_autoencoder, save_autoencoder
 
     network, _ = load_autoencoder(folder.path, device="cpu")
     datamodule = trainer.datamodule
     save_autoencoder(network, folder.path / "export", datamodule, finish=module.trainable.finish)
-    summary = {
-        "steps": module.step,
-        "samples_seen": module.samples_seen,
-        "seconds": round(log.seconds, 1),
-        "device": str(module.device),
-        "seed": cfg.seed,
-        "parameters": parameter_count(module.model),
-        "gflops": module.flops[""] / 1e9,
-        "loss": log.latest.get("train/loss"),
-        "psnr": log.latest.get("train/psnr"),
-    }
-    write_json(folder.path / "summary.json", summary)
-    report = write_report(folder.path)
+    summarise(cfg, folder, module, log, psnr=log.latest.get("train/psnr"))
     place = shown(folder.path)
-    print(json.dumps(summary))
-    print(f"report: {shown(report)}")
     print(f"evaluate: python evaluate.py run={place}")
     print(f"reconstruct: python sample.py run={place} num_samples=64")
     group = "msvq" if type(network).__name__ == "MSVQ" else "kl_small"

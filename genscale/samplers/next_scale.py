@@ -200,7 +200,7 @@ class NextScale(Sampler):
         state = state.replace(
             clean=state.x, pending=state.memory, history={**state.history, **blank}
         )
-        return self._in_groups(state, lambda part: self._evaluate(model, part))
+        return self._in_groups(state, lambda part, index: self._evaluate(model, part))
 
     def advance(self, model: ScaleDecoder, state: State, noise: Tensor | None = None) -> State:
         """Take one scale in all particles that have one left.
@@ -222,7 +222,7 @@ class NextScale(Sampler):
             drawn, latent = self._draw(model, part, rows[index.to(rows.device)])
             return self._commit(model, part, drawn, latent)
 
-        state = self._in_groups_with_index(state, take)
+        state = self._in_groups(state, take)
         left = {
             name: value for name, value in state.history.items() if name not in ("logits", "drawn")
         }
@@ -335,10 +335,7 @@ class NextScale(Sampler):
             x=latent, step=state.step + 1, history={**state.history, "tokens": tokens}
         )
 
-    def _in_groups(self, state: State, move: Callable[[State], State]) -> State:
-        return self._in_groups_with_index(state, lambda part, index: move(part))
-
-    def _in_groups_with_index(self, state: State, move: Callable[[State, Tensor], State]) -> State:
+    def _in_groups(self, state: State, move: Callable[[State, Tensor], State]) -> State:
         """Move particles of one scale together; those that have finished stay."""
         scale = state.shared_step
         everyone = torch.arange(len(state), device="cpu")
