@@ -341,7 +341,7 @@ class TestProblems:
     def config(self, **autoencoder: Any) -> DictConfig:
         node = {"_target_": "genscale.autoencoders.kl.KL", "downsample": 2, **autoencoder}
         intervals = {"sample_every": 0, "metrics_every": 0}
-        return OmegaConf.create({"autoencoder": node, "callbacks": intervals})
+        return OmegaConf.create({"autoencoder": node, "callbacks": intervals, "model": {}})
 
     def test_pictures_need_an_encoder_and_grids_a_decoder(
         self, pictures: Path, whole: Path, tiny_vae: Path
