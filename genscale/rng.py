@@ -39,6 +39,12 @@ class Purpose(IntEnum):
     SMOOTH = 14  # the Gumbel noise of smooth sampling
     NETWORK = 13  # a step's seed of torch's own generator (drop-out inside a network)
     CODEBOOK = 20  # training: where codes start, and what dead ones become
+    PARTICLE = 21  # search: the seed of a prompt's further particles
+    BRANCH = 22  # search: the lineage of a copy
+    RESAMPLE = 23  # search: which particles live on
+    NEIGHBOUR = 24  # search: a direction around a noise
+    CHOICE = 25  # search: whether to explore
+    DIVERSITY = 26  # search: where clusters start
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -1,0 +1,451 @@
+"""What every search is written against: particles of many prompts, moved, judged and counted.
+
+A search holds one :class:`~genscale.samplers.base.State` of all particles of all prompts. The
+engine moves it in micro-batches, so that activations take memory for one micro-batch only, counts
+what that costs each prompt, and refuses what the budget does not allow.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genscale import rng
+from genscale.conditioning.base import Conditioning
+from genscale.errors import ConfigError
+from genscale.rewards.base import Request
+from genscale.rng import Purpose
+from genscale.samplers.base import Sampler, State
+from genscale.search.budget import Budget, BudgetSpent
+from genscale.search.cost import CostMeter, StepCosts, Work, state_bytes, step_costs
+from genscale.search.genealogy import Genealogy, Generation
+from genscale.search.scorer import Scorer, Scores, best_first
+
+_SLACK = 1e-6  # of an evaluation: what float64 sums may be off by
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The best finished samples so far, ``top`` a prompt at most.
+
+    Attributes:
+        scores: of all prompts that have any.
+        seeds: ``(n,)`` int64.
+        lineage: ``(n,)`` int64.
+        row: ``(n,)`` int64 rows of :attr:`generation`.
+        finished: whether they took all their steps; else they are clean estimates.
+    """
+
+    scores: Scores
+    seeds: Tensor
+    lineage: Tensor
+    finished: bool
+
+
+class Engine:
+    """One search under way.
+
+    Args:
+        sampler: how trajectories advance.
+        model: the view that it advances, guided.
+        cond: conditions of G prompts.
+        seeds: ``(G,)`` int64 seeds of the prompts' plain samples.
+        scorer: decoder and rewards.
+        budget: the most to spend.
+        requests: what was asked, a prompt each, for the rewards; None: nothing but pictures.
+        costs: of every step; None finds them for a model without guidance.
+        work: operations of every step; None counts evaluations alone.
+        micro_batch: particles in one network call or one decode.
+        top: finished samples to keep a prompt.
+        watch: called after every micro-batch with this engine, to show progress.
+
+    Attributes:
+        num_prompts: G.
+        costs: network evaluations of every step.
+        meter: what was spent.
+        genealogy: who descends from whom, as far as the search tells.
+        state_bytes: of one particle, the most seen.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        model: Any,
+        cond: Conditioning,
+        seeds: Tensor,
+        scorer: Scorer,
+        budget: Budget | None = None,
+        *,
+        requests: Sequence[Request] | None = None,
+        costs: StepCosts | None = None,
+        work: Work | None = None,
+        micro_batch: int = 64,
+        top: int = 1,
+        watch: Callable[[Engine], None] | None = None,
+    ) -> None:
+        self.sampler = sampler
+        self.model = model
+        self.cond = cond
+        self.seeds = seeds.to(device="cpu", dtype=torch.int64)
+        self.num_prompts = len(seeds)
+        self.scorer = scorer
+        self.budget = budget or Budget()
+        self.costs = costs or step_costs(sampler, model, cond)
+        self.work = work
+        self.micro_batch = micro_batch
+        self.top = top
+        self.meter = CostMeter(self.num_prompts)
+        self.genealogy = Genealogy()
+        self.state_bytes = 0.0
+        self.started = time.perf_counter()
+        self._watch = watch
+        self._finished: Answers | None = None
+        self._preview: Answers | None = None
+        scorer.prepare(list(requests or [Request()] * self.num_prompts))
+
+    # ------------------------------------------------------------------ particles
+
+    def particle_seeds(self, count: int, first: int = 0) -> Tensor:
+        """Return the seeds of particles ``first`` to ``first + count`` of every prompt.
+
+        Particle 0 has the prompt's own seed: it is the plain sample.
+
+        Returns:
+            ``(G * count,)`` int64, prompt by prompt.
+        """
+        numbers = torch.arange(first, first + count)
+        keys = rng.key(self.seeds[:, None], numbers[None], Purpose.PARTICLE)
+        return torch.where(numbers == 0, self.seeds[:, None], keys).flatten()
+
+    def start(
+        self,
+        count: int,
+        *,
+        first: int = 0,
+        noise: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> State:
+        """Begin ``count`` particles of every prompt.
+
+        Args:
+            count: particles a prompt, N.
+            first: number of the first one.
+            noise: ``(G * N, ...)`` unit normal, of :meth:`noise_shape`; None draws it from the
+                seeds.
+            seeds: ``(G * N,)`` in place of those of :meth:`particle_seeds`.
+
+        Returns:
+            ``G * N`` particles, prompt by prompt.
+        """
+        group = torch.arange(self.num_prompts).repeat_interleave(count)
+        chosen = self.particle_seeds(count, first) if seeds is None else seeds
+        cond = self.cond.select(group) if len(self.cond) else self.cond
+        with torch.no_grad():
+            state = self.sampler.start(self.model, cond, chosen, noise)
+        return state.replace(group=group)
+
+    def noise(self, seeds: Tensor) -> Tensor:
+        """Return the unit noise ``(n, ...)`` that trajectories of these seeds could start from.
+
+        Diffusion samplers would draw the same; scale-wise ones draw theirs scale by scale.
+        """
+        keys = rng.key(seeds, Purpose.INIT).to(self.model.device)
+        return rng.normal(keys, self.sampler.noise_shape(self.model))
+
+    def branch(self, state: State, index: Tensor) -> State:
+        """Take particles ``index``; copies of one part from here on.
+
+        The first copy keeps its lineage, so that a particle chosen once goes on as it would have.
+        """
+        chosen = state.select(index)
+        copy = _occurrence(index)
+        fresh = rng.key(chosen.lineage, chosen.step, copy, Purpose.BRANCH)
+        return chosen.replace(lineage=torch.where(copy == 0, chosen.lineage, fresh))
+
+    # ------------------------------------------------------------------ moves
+
+    def evaluate(self, state: State) -> State:
+        """Set ``.clean`` of all particles; nothing where that is done already."""
+        if state.clean is not None:
+            return state
+        self._reserve(state, self.costs.evaluate)
+        return self._move(state, lambda part, _: self.sampler.evaluate(self.model, part))
+
+    def advance(self, state: State, noise: Tensor | None = None) -> State:
+        """Take one step in all particles that have one left.
+
+        Args:
+            state: evaluated first if need be.
+            noise: ``(n, ...)`` in place of the keyed draw.
+        """
+        state = self.evaluate(state)
+        self._reserve(state, self.costs.advance)
+
+        def step(part: State, rows: Tensor) -> State:
+            own = None if noise is None else noise[rows.to(noise.device)]
+            return self.sampler.advance(self.model, part, own)
+
+        return self._move(state, step)
+
+    def run(self, state: State, until: int | None = None) -> State:
+        """Advance every particle to step ``until``, the end by default.
+
+        Each micro-batch goes all the way before the next begins: only its memory is at work.
+        """
+        stop = self.sampler.num_steps if until is None else until
+        if bool((state.step >= stop).all()):
+            return state
+        total = self.costs.evaluate + self.costs.advance
+        done = torch.cat((torch.zeros(1, dtype=torch.float64), total.cumsum(0)))
+        left = (done[stop] - done[state.step]).clamp(min=0.0)
+        if state.clean is not None:
+            left = left - self._of_step(self.costs.evaluate, state.step)
+        self._check_nfe(state.group, left.clamp(min=0.0))
+
+        def go(part: State, _: Tensor) -> State:
+            while int(part.step.min()) < stop:
+                part = self.sampler.advance(self.model, part)
+            return part
+
+        return self._move(state, go)
+
+    def _move(self, state: State, move: Callable[[State, Tensor], State]) -> State:
+        """Apply ``move`` to micro-batches and count what it cost."""
+        moved = []
+        for rows in self._split(len(state)):
+            self._check_time()
+            part = state if len(rows) == len(state) else state.select(rows)
+            with torch.no_grad(), self._timed("network"):
+                after = move(part, rows)
+            self.count(part, after)
+            moved.append(after)
+            self._report()
+        state = moved[0] if len(moved) == 1 else State.cat(moved)
+        self.state_bytes = max(self.state_bytes, state_bytes(state))
+        return state
+
+    def count(self, before: State, after: State) -> None:
+        """Count what one micro-batch spent between two states of the same particles."""
+        spent = after.nfe - before.nfe
+        self.meter.add("nfe", before.group, spent)
+        if self.work is None:
+            return
+        last = len(self.work.flops) - 1
+        # of several steps at once, evaluations are spread evenly over them
+        steps = (after.step - before.step).clamp(min=1)
+        places = torch.arange(last + 1)[None]
+        inside = (places >= before.step[:, None].clamp(max=last)) & (
+            places < (before.step.clamp(max=last) + steps)[:, None]
+        )
+        share = inside.double() / inside.sum(1, keepdim=True).clamp(min=1)
+        flops, tokens = (
+            (share * of[None]).sum(1) * spent for of in (self.work.flops, self.work.tokens)
+        )
+        self.meter.add("flops", before.group, flops)
+        self.meter.add("tokens", before.group, tokens)
+        calls = steps.double()
+        traffic = self.work.weight_bytes * calls / len(before) + spent * state_bytes(before)
+        self.meter.add("eflops", before.group, flops + self.work.intensity * traffic)
+
+    # ------------------------------------------------------------------ judging
+
+    def decode(self, latents: Tensor, group: Tensor) -> Tensor:
+        """Return pictures ``(n, C, H, W)`` in about [-1, 1]; each is counted as a decode."""
+        images = []
+        for rows in self._split(len(latents)):
+            self._check_time()
+            with torch.no_grad(), self._timed("decode"):
+                images.append(self.scorer.decode(latents[rows.to(latents.device)]).float())
+            self._report()
+        self.meter.add("decodes", group)
+        return torch.cat(images)
+
+    def score(self, latents: Tensor, group: Tensor, images: Tensor | None = None) -> Scores:
+        """Decode and judge latents ``(n, ...)`` of prompts ``group`` ``(n,)``.
+
+        Args:
+            latents: what the sampler finishes with, or a clean estimate.
+            group: int64 on the CPU.
+            images: the same latents decoded already.
+
+        Raises:
+            BudgetSpent: more rewards than the budget allows.
+        """
+        self._check_rewards(group)
+        if images is None:
+            images = self.decode(latents, group)
+        parts = []
+        for rows in self._split(len(latents)):
+            self._check_time()
+            far = rows.to(latents.device)
+            with torch.no_grad(), self._timed("reward"):
+                parts.append(self.scorer.score(latents[far], images[far], group[rows]))
+            self._report()
+        self.meter.add("reward_calls", group)
+        return Scores.cat(parts)
+
+    def preview(self, state: State) -> Scores:
+        """Judge the clean estimates of an evaluated state."""
+        if state.clean is None:
+            raise ValueError("The state is not evaluated. Call engine.evaluate first.")
+        scores = self.score(state.clean, state.group)
+        self._preview = self._better(self._preview, scores, state, finished=False)
+        return scores
+
+    def finish(self, state: State) -> Scores:
+        """Run all particles to the end, judge them, and keep the best as answers."""
+        state = self.run(state)
+        scores = self.score(self.sampler.finish(state), state.group)
+        self.offer(state, scores)
+        return scores
+
+    def offer(self, state: State, scores: Scores) -> None:
+        """Keep finished samples that are better than the best so far.
+
+        Args:
+            state: the finished particles.
+            scores: of them, row by row.
+        """
+        self._finished = self._better(self._finished, scores, state, finished=True)
+        self._report()
+
+    def _better(
+        self, kept: Answers | None, scores: Scores, state: State, *, finished: bool
+    ) -> Answers:
+        seeds, lineage = state.seeds, state.lineage
+        if kept is not None:
+            scores = Scores.cat((kept.scores, scores))
+            seeds = torch.cat((kept.seeds, seeds))
+            lineage = torch.cat((kept.lineage, lineage))
+        best = best_first(self.scorer.compare(scores), scores.group, self.top)
+        return Answers(scores.select(best), seeds[best], lineage[best], finished)
+
+    @property
+    def answers(self) -> Answers:
+        """The best samples so far: finished ones, or clean estimates before there are any.
+
+        Raises:
+            ConfigError: nothing was judged yet.
+        """
+        for found in (self._finished, self._preview):
+            if found is not None and len(set(found.scores.group.tolist())) == self.num_prompts:
+                return found
+        raise ConfigError(
+            f"The budget ({self.budget}) ended before anything was sampled. Give a larger one."
+        )
+
+    def record(
+        self,
+        event: str,
+        state: State,
+        *,
+        parents: Tensor | None = None,
+        value: Tensor | None = None,
+    ) -> None:
+        """Tell the genealogy of a selection.
+
+        Args:
+            event: what happened; see :class:`~genscale.search.genealogy.Generation`.
+            state: the particles after it.
+            parents: ``(n,)`` rows of the generation before; None: they begin here.
+            value: ``(n,)`` rewards known of them.
+        """
+        count = len(state)
+        self.genealogy.generations.append(
+            Generation(
+                event,
+                state.group,
+                torch.full((count,), -1) if parents is None else parents,
+                state.step,
+                torch.full((count,), torch.nan, dtype=torch.float64) if value is None else value,
+                state.seeds,
+                state.lineage,
+            )
+        )
+
+    # ------------------------------------------------------------------ budget
+
+    def nfe_left(self) -> Tensor:
+        """Return the evaluations each prompt has left, ``(G,)`` float64; inf without a limit."""
+        limit = torch.inf if self.budget.nfe is None else self.budget.nfe
+        return limit - self.meter.nfe
+
+    def rewards_left(self) -> Tensor:
+        """Return the rewards each prompt has left, ``(G,)`` float64; inf without a limit."""
+        limit = torch.inf if self.budget.reward_calls is None else self.budget.reward_calls
+        return limit - self.meter.reward_calls
+
+    def affords(self, *, nfe: float = 0.0, rewards: float = 0.0) -> int:
+        """Return how often every prompt can still pay so much; a large number without a limit."""
+        times = [
+            math.floor((float(left.min()) + _SLACK) / price)
+            for left, price in ((self.nfe_left(), nfe), (self.rewards_left(), rewards))
+            if price > 0 and bool(left.isfinite().all())
+        ]
+        return max(0, min(times, default=1 << 30))
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds since the search began."""
+        return time.perf_counter() - self.started
+
+    def _reserve(self, state: State, costs: Tensor) -> None:
+        self._check_nfe(state.group, self._of_step(costs, state.step))
+
+    def _of_step(self, costs: Tensor, step: Tensor) -> Tensor:
+        """Return the cost of each particle's step; 0 for those that have finished."""
+        return torch.cat((costs, costs.new_zeros(1)))[step]
+
+    def _check_nfe(self, group: Tensor, cost: Tensor) -> None:
+        if self.budget.nfe is None:
+            return
+        asked = torch.zeros(self.num_prompts, dtype=torch.float64).index_add_(0, group, cost)
+        if bool((asked > self.nfe_left() + _SLACK).any()):
+            raise BudgetSpent
+
+    def _check_rewards(self, group: Tensor) -> None:
+        if self.budget.reward_calls is None:
+            return
+        asked = torch.bincount(group, minlength=self.num_prompts)
+        if bool((asked > self.rewards_left()).any()):
+            raise BudgetSpent
+
+    def _check_time(self) -> None:
+        if self.budget.seconds is not None and self.seconds >= self.budget.seconds:
+            raise BudgetSpent
+
+    # ------------------------------------------------------------------ the machine
+
+    def _split(self, count: int) -> Iterator[Tensor]:
+        yield from torch.split(torch.arange(count), self.micro_batch)
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        """Add the time of a block; on CUDA the device's queue is waited for."""
+        began = time.perf_counter()
+        yield
+        device = self.model.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.meter.add_seconds(kind, time.perf_counter() - began)
+
+    def _report(self) -> None:
+        if self._watch is not None:
+            self._watch(self)
+
+
+def _occurrence(index: Tensor) -> Tensor:
+    """Return for each entry how many equal ones come before it."""
+    order = torch.argsort(index, stable=True)
+    sizes = torch.unique_consecutive(index[order], return_counts=True)[1]
+    first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    place = torch.empty_like(index)
+    place[order] = torch.arange(len(index)) - first
+    return place
