@@ -44,6 +44,8 @@ from genscale.runs import RunFolder
 from genscale.samplers.base import Sampler
 from genscale.samplers.grid import GridSampler
 from genscale.samplers.step_cache import NoStepCache, StepCache
+from genscale.search.base import SearchResult
+from genscale.search.setup import SearchSetup, requests_of, work_of
 from genscale.text_cache import TextCache
 from genscale.weak_models import WeakModels
 
@@ -62,6 +64,7 @@ class Generated:
         labels: ``(n,)`` int64, or None for an unconditional model.
         nfe: ``(n,)`` network evaluations spent on each.
         captions: n prompts, or None for a model that reads no text.
+        search: how they were found, where they were searched for; its rows are the samples.
     """
 
     ids: Tensor
@@ -69,6 +72,7 @@ class Generated:
     labels: Tensor | None
     nfe: Tensor
     captions: tuple[str, ...] | None = None
+    search: SearchResult | None = None
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -384,8 +388,50 @@ class GenerationPipeline:
         view = guided.wrap(self._view(solver))
         with self._autocast():
             state = solver.run(view, cond.to(self.device), seeds)
-            images = (self._offloaded or self.autoencoder).decode(solver.finish(state).float())
+            images = self._decode(solver.finish(state))
         return images.float(), state.nfe
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        images: Tensor = (self._offloaded or self.autoencoder).decode(latents.float())
+        return images
+
+    def search(
+        self,
+        cond: Conditioning,
+        seeds: Tensor,
+        setup: SearchSetup,
+        *,
+        captions: Sequence[str] | None = None,
+        sampler: Sampler | None = None,
+        guidance: Guidance | None = None,
+    ) -> SearchResult:
+        """Search for the best sample of each of one batch of prompts.
+
+        Args:
+            cond: conditions of G prompts.
+            seeds: ``(G,)`` int64 of their plain samples; a result is a function of its seed and
+                condition, whatever the other prompts and the micro-batch.
+            setup: algorithm, rewards and budget.
+            captions: the prompts as texts, for rewards that read them.
+            sampler: default is the pipeline's.
+            guidance: default is the pipeline's.
+
+        Raises:
+            ConfigError: search, sampler, reward, requests or budget do not fit.
+        """
+        solver = sampler or self.sampler
+        guided = self.ready(guidance or self.guidance)
+        with self._autocast():
+            return setup.run(
+                solver,
+                self._view(solver),
+                guided,
+                self._decode,
+                cond,
+                seeds,
+                requests=requests_of(captions, cond.labels, len(seeds)),
+                work=work_of(self.model, solver, precision=self.precision),
+            )
 
     def stream(
         self,
@@ -398,6 +444,7 @@ class GenerationPipeline:
         batch_size: int = 64,
         sampler: Sampler | None = None,
         guidance: Guidance | None = None,
+        search: SearchSetup | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[Generated]:
@@ -416,6 +463,7 @@ class GenerationPipeline:
             batch_size: samples at a time.
             sampler: default is the pipeline's.
             guidance: default is the pipeline's.
+            search: spend more on each sample; None samples once.
             rank: number of this process.
             world_size: of so many.
 
@@ -445,8 +493,15 @@ class GenerationPipeline:
                 captions = tuple(wishes[i % len(wishes)] for i in ids.tolist())
                 text = self.text.to(self.device)
                 cond = text.condition(captions, labels=classes, negative=negative_prompt)
-            images, nfe = self.sample(cond, seeds, sampler=sampler, guidance=guidance)
-            yield Generated(ids, to_uint8(images).cpu(), classes, nfe, captions)
+            found: SearchResult | None = None
+            if search is None:
+                images, nfe = self.sample(cond, seeds, sampler=sampler, guidance=guidance)
+            else:
+                found = self.search(
+                    cond, seeds, search, captions=captions, sampler=sampler, guidance=guidance
+                )
+                images, nfe = found.images, found.cost.nfe
+            yield Generated(ids, to_uint8(images).cpu(), classes, nfe, captions, found)
 
     def generate(
         self,

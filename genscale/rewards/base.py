@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from genscale.data.module import ImageDataModule
 
 Need = Literal["caption", "label"]
 
@@ -51,12 +54,14 @@ class Reward(ABC):
         potential: whether ``exp(lambda value)`` makes sense as a weight. Ranks within a set are
             no potential, so particle methods refuse them.
         licence: of the weights, told to people; empty where there are none.
+        learns: whether :meth:`fit` must be called before the first score.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     differentiable: ClassVar[bool] = False
     potential: ClassVar[bool] = True
     licence: ClassVar[str] = ""
+    learns: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
@@ -77,6 +82,9 @@ class Reward(ABC):
             f"none. Choose another reward=..., or the run of a model with {need}s."
             for need in missing
         ]
+
+    def fit(self, datamodule: ImageDataModule) -> None:
+        """Learn from a data set's pictures and labels; nothing to learn by default."""
 
     def prepare(self, requests: Sequence[Request]) -> Any:
         """Return what is computed once a request: embeddings of texts, parsed captions.

@@ -178,6 +178,10 @@ class CostMeter:
         """Add wall-clock time of one kind of work."""
         self.seconds[kind] = self.seconds.get(kind, 0.0) + seconds
 
+    def row(self, prompt: int) -> dict[str, float]:
+        """Return what one prompt has spent."""
+        return {name: float(getattr(self, name)[prompt]) for name in COUNTS}
+
     def record(self) -> dict[str, float]:
         """Return means a prompt, and seconds of the whole, for reports and json files."""
         means = {name: float(getattr(self, name).mean()) for name in COUNTS}

@@ -341,6 +341,15 @@ class Engine:
             f"The budget ({self.budget}) ended before anything was sampled. Give a larger one."
         )
 
+    @property
+    def best_so_far(self) -> float | None:
+        """The mean over the prompts of their best reward so far, or None before there is any."""
+        found = self._finished or self._preview
+        if found is None:
+            return None
+        best = found.scores.select(best_first(found.scores.value, found.scores.group, 1))
+        return float(best.value.mean())
+
     def record(
         self,
         event: str,

@@ -1,0 +1,208 @@
+"""Searches on the command line: built from the config, watched while they run, and told."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from genscale.cli.app import instantiate
+from genscale.cli.numbers import number_problems
+from genscale.errors import ConfigError
+from genscale.pipeline import Generated, GenerationPipeline
+from genscale.rewards.base import Request, Reward
+from genscale.search.budget import Budget
+from genscale.search.engine import Engine
+from genscale.search.plain import PlainSampling
+from genscale.search.setup import SearchSetup
+
+_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+def search_setup(cfg: DictConfig, pipeline: GenerationPipeline) -> SearchSetup | None:
+    """Build the search that a command line asks for; None where it asks for none.
+
+    Rewards that learn from data are fitted to the run's own.
+
+    Raises:
+        ConfigError: parts that are missing or do not fit, a sentence each.
+    """
+    search = instantiate(cfg.search, "search")
+    plain = isinstance(search, PlainSampling)
+    reward, held_out = (_reward(cfg, name) for name in ("reward", "held_out"))
+    budget = Budget(**{name: cfg.budget[name] for name in ("nfe", "reward_calls", "seconds")})
+    if reward is None:
+        _refuse_without_reward(cfg, plain=plain, held_out=held_out, budget=budget)
+        return None
+    problems = number_problems(cfg, {"micro_batch": 1})
+    if not plain and not cfg.same_reward:
+        problems += _same_reward(reward, held_out)
+    setup = SearchSetup(
+        search=search,
+        reward=reward,
+        held_out={} if held_out is None else {held_out.label: held_out},
+        budget=budget,
+        micro_batch=cfg.micro_batch,
+    )
+    problems += setup.problems(pipeline.sampler)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    fit(setup, cfg.run)
+    return setup
+
+
+def fit(setup: SearchSetup, run: Any) -> None:
+    """Let rewards that learn from data learn from those that a run was trained on."""
+    from genscale.cli.loading import datasets_of
+
+    learning = [r for r in (setup.reward, *setup.held_out.values()) if r.learns]
+    if learning:
+        data = datasets_of(run)
+        for reward in learning:
+            reward.fit(data)
+
+
+def _reward(cfg: DictConfig, name: str) -> Reward | None:
+    if not cfg[name].get("_target_"):
+        return None
+    reward: Reward = instantiate(cfg[name], name)
+    return reward
+
+
+def _refuse_without_reward(
+    cfg: DictConfig, *, plain: bool, held_out: Reward | None, budget: Budget
+) -> None:
+    """Raise where something speaks of a search, but there is nothing to search for."""
+    if not plain:
+        raise ConfigError(
+            f"search={type(instantiate(cfg.search, 'search')).__name__} needs something to search "
+            "for, but no reward was given. Give reward=scenes, say."
+        )
+    if held_out is not None or budget != Budget():
+        what = "held_out" if held_out is not None else "a budget"
+        raise ConfigError(
+            f"{what} was given, but nothing is searched for. Give search=best_of_n and "
+            "reward=..., or leave it out."
+        )
+
+
+def _same_reward(reward: Reward, held_out: Reward | None) -> list[str]:
+    if held_out is None:
+        return [
+            f"The search follows {reward.label}, and nothing else would tell whether its samples "
+            "are better: a search raises its own reward in any case. Give held_out=<another "
+            "reward>, or same_reward=true."
+        ]
+    if held_out.label == reward.label:
+        return [
+            f"reward and held_out are both {reward.label}, so that a search would be judged by "
+            "what it followed. Give another held_out=..., or same_reward=true."
+        ]
+    return []
+
+
+def check_requests(setup: SearchSetup | None, requests: Sequence[Request]) -> None:
+    """Raise before anything is sampled where a reward cannot judge what is asked for."""
+    if setup is None:
+        return
+    problems = [
+        problem
+        for reward in (setup.reward, *setup.held_out.values())
+        for problem in reward.problems(requests)
+    ]
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+class SearchProgress:
+    """Shows a search while it runs: prompts done, evaluations spent, the best reward so far.
+
+    ``with SearchProgress(total) as shown: setup = replace(setup, watch=shown)``
+
+    Args:
+        total: prompts of all batches of this process.
+        show: false stays silent.
+    """
+
+    def __init__(self, total: int, *, show: bool = True) -> None:
+        self.total = total
+        self.done = 0
+        self._last = time.perf_counter()
+        self._bar: Progress | None = None
+        if show and sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("searching"),
+                BarColumn(),
+                TextColumn("{task.fields[words]}"),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+            )
+        self._show = show
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("searching", total=self.total, words="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, engine: Engine) -> None:
+        """Take note of a micro-batch."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, words=self._words(engine))
+        elif self._show and time.perf_counter() - self._last >= _EVERY:
+            self._last = time.perf_counter()
+            sys.stderr.write(f"searching: {self._words(engine)}\n")
+
+    def finished(self, prompts: int) -> None:
+        """Take note of a batch of prompts that is done."""
+        self.done += prompts
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done)
+
+    def _words(self, engine: Engine) -> str:
+        spent = float(engine.meter.nfe.mean())
+        limit = engine.budget.nfe
+        words = [f"{self.done} of {self.total} prompts done", f"{spent:.0f}"]
+        words[-1] += " evaluations" if limit is None else f" of {limit:g} evaluations"
+        best = engine.best_so_far
+        if best is not None:
+            words.append(f"best reward {best:.4g}")
+        if engine.budget.seconds is not None:
+            words.append(f"{max(0.0, engine.budget.seconds - engine.seconds):.0f} s left")
+        return ", ".join(words)
+
+
+def search_records(batch: Generated) -> list[dict[str, Any]]:
+    """Return what is to be known of each sample of a searched batch, as plain containers."""
+    found = batch.search
+    if found is None:
+        return []
+    records = []
+    for row, prompt in enumerate(found.group.tolist()):
+        records.append(
+            {
+                "id": int(batch.ids[prompt]),
+                "prompt": None if batch.captions is None else batch.captions[prompt],
+                "label": None if batch.labels is None else int(batch.labels[prompt]),
+                "rewards": {name: float(value[row]) for name, value in found.rewards.items()},
+                "held_out": {name: float(value[row]) for name, value in found.held_out.items()},
+                "seed": int(found.seeds[row]),
+                "lineage": int(found.lineage[row]),
+                "finished": found.finished,
+                "cost": found.cost.row(prompt),
+                "tree": found.genealogy.record(prompt),
+            }
+        )
+    return records
