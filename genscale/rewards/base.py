@@ -57,10 +57,10 @@ class Reward(ABC):
         learns: whether :meth:`fit` must be called before the first score.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    differentiable: ClassVar[bool] = False
-    potential: ClassVar[bool] = True
-    licence: ClassVar[str] = ""
+    needs: frozenset[Need] = frozenset()
+    differentiable: bool = False
+    potential: bool = True
+    licence: str = ""
     learns: ClassVar[bool] = False
 
     @property
@@ -84,7 +84,18 @@ class Reward(ABC):
         ]
 
     def fit(self, datamodule: ImageDataModule) -> None:
-        """Learn from a data set's pictures and labels; nothing to learn by default."""
+        """Learn from a data set's pictures and labels; rewards with ``learns`` alone do."""
+        raise NotImplementedError(f"Reward {self.label} learns nothing.")
+
+    def fit(self, datamodule: ImageDataModule) -> None:  # noqa: B027  most rewards need no data
+        """Learn from a run's data, once, before anything is judged; nothing by default.
+
+        Args:
+            datamodule: pictures and labels that the run was trained on.
+
+        Raises:
+            DataError: the data lack what the reward learns from.
+        """
 
     def prepare(self, requests: Sequence[Request]) -> Any:
         """Return what is computed once a request: embeddings of texts, parsed captions.
