@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Reward(ABC):
     differentiable: bool = False
     potential: bool = True
     licence: str = ""
-    learns: ClassVar[bool] = False
+    learns: bool = False
 
     @property
     def label(self) -> str:
@@ -86,16 +86,6 @@ class Reward(ABC):
     def fit(self, datamodule: ImageDataModule) -> None:
         """Learn from a data set's pictures and labels; rewards with ``learns`` alone do."""
         raise NotImplementedError(f"Reward {self.label} learns nothing.")
-
-    def fit(self, datamodule: ImageDataModule) -> None:  # noqa: B027  most rewards need no data
-        """Learn from a run's data, once, before anything is judged; nothing by default.
-
-        Args:
-            datamodule: pictures and labels that the run was trained on.
-
-        Raises:
-            DataError: the data lack what the reward learns from.
-        """
 
     def prepare(self, requests: Sequence[Request]) -> Any:
         """Return what is computed once a request: embeddings of texts, parsed captions.

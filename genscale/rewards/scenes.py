@@ -28,7 +28,7 @@ class SceneOracle(Reward):
     - ``all``: 1 if everything is as the caption says, else 0.
     - ``mean``: mean of the results that apply to the caption (count, colour, shape, relation):
       a graded reward that a search can climb.
-    - ``count_exact``: 1 if c = n, else 0; ``count_soft``: exp(-\\|c - n\\|); ``count_neg_sq``:
+    - ``count_exact``: 1 if c = n, else 0; ``count_soft``: exp(-abs(c - n)); ``count_neg_sq``:
       -(c - n)^2.
     - ``colour``: share of the objects found with their colour and shape, one to one; ``shape``:
       with their shape.
