@@ -68,6 +68,7 @@ def describe(
     nfe: float,
     weights: str,
     texts: str = "heldout_captions",
+    search: str | None = None,
 ) -> EvalProtocol:
     """Return the protocol of samples a pipeline makes; the suite fills in its own fields.
 
@@ -78,6 +79,7 @@ def describe(
         nfe: network evaluations of one.
         weights: name of the weights.
         texts: where prompts came from, for a model that reads text.
+        search: how the samples were searched for; None: they were not.
     """
     sampler, guidance = pipeline.sampler, pipeline.ready(pipeline.guidance)
     scale = getattr(guidance, "scale", None)
@@ -86,7 +88,7 @@ def describe(
     return EvalProtocol(
         num_samples=num_samples,
         class_law=class_law(labels, pipeline.num_classes) if pipeline.text is None else texts,
-        sampler=sampler.label + _cached(pipeline),
+        sampler=sampler.label + _cached(pipeline) + ("" if search is None else f", {search}"),
         steps=sampler.num_steps,
         nfe=nfe,
         solver=_solver(sampler),

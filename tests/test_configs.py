@@ -24,10 +24,10 @@ ON_DISK |= {("data", name) for name in ("latents", "imagenet256_latents", "image
 # filled in from a run by sample.py
 READ_BACK = {("sampler", "run"), ("guidance", "run"), ("autoencoder", "run"), ("metrics", "run")}
 READ_BACK |= {("text_encoder", "run")}
-READ_BACK |= {("sampler", "none")}  # says that there is none
+READ_BACK |= {("sampler", "none"), ("reward", "none")}  # say that there is none
 
 AUTOENCODERS = {"msvq", "kl_small"}  # trained like a backbone, and none
-OF_SAMPLING = {"step_cache"}  # groups that training does not have
+OF_SAMPLING = {"step_cache", "search", "reward"}  # groups that training does not have
 
 
 def options(group: str) -> list[str]:

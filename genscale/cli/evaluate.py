@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from genscale.cli.reconstructing import evaluate as evaluate_reconstructions
 from genscale.cli.reconstructing import reconstructs
 from genscale.cli.run_protocol import settle
 from genscale.cli.sample import grid_columns, label_law
+from genscale.cli.search_results import means
+from genscale.cli.searching import check_requests, sample_requests, search_setup, searched
 from genscale.errors import ConfigError
 from genscale.evaluation import as_record, describe, fit_reference, heldout_captions, measure
 from genscale.io.files import write_json
@@ -95,25 +98,29 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
         fit_reference(suite, data)
     law = label_law(cfg)
     prompts = _prompts(cfg, pipeline, data)
-    stream = pipeline.stream(
-        num_samples=cfg.num_samples,
-        labels=law,
-        prompts=prompts,
-        seed=cfg.seed,
-        batch_size=cfg.batch_size,
-        rank=rank,
-        world_size=world_size,
-    )
+    setup = search_setup(cfg, pipeline)
+    check_requests(setup, sample_requests(pipeline, law, prompts, cfg.num_samples, cfg.seed))
+    settings = {
+        "num_samples": cfg.num_samples,
+        "labels": law,
+        "prompts": prompts,
+        "seed": cfg.seed,
+        "batch_size": cfg.batch_size,
+        "rank": rank,
+        "world_size": world_size,
+    }
     share = cfg.num_samples * (rank + 1) // world_size - cfg.num_samples * rank // world_size
     kept: list[Generated] = []
+    records: list[dict[str, Any]] = []
 
-    def keep(batch: Generated) -> Generated:
-        if cfg.save_samples or len(kept) * cfg.batch_size < GRID:
-            kept.append(batch)
-        return batch
+    def watched() -> Iterator[Generated]:
+        for batch, found in searched(pipeline, setup, settings, total=share, show=rank == 0):
+            if cfg.save_samples or len(kept) * cfg.batch_size < GRID:
+                kept.append(batch)
+            records.extend(found)
+            yield batch
 
-    progress = track(stream, "sampling", total=share, show=rank == 0)
-    nfe = measure(suite, (keep(batch) for batch in progress))
+    nfe = measure(suite, watched())
     nfe = sum(dist.gather_objects(nfe)) / world_size
     origin = pipeline.origin
     assert origin is not None  # it was loaded just now
@@ -124,6 +131,7 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
         num_samples=cfg.num_samples,
         nfe=nfe,
         weights=origin.weights,
+        search=None if setup is None else setup.label,
     )
     values = suite.compute(protocol)
     folder = output_folder(cfg, "evaluations") if rank == 0 else None
@@ -144,8 +152,21 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
         "nfe_per_sample": nfe,
         "solver_evaluations": pipeline.sampler.nfe(0, pipeline.sampler.num_steps),
     }
+    if setup is not None:
+        record |= _search_summary(setup.label, records)
     images = torch.cat([batch.images for batch in kept]) if kept else torch.zeros(0)
     return folder, record, values, images, grid_columns(cfg, pipeline)
+
+
+def _search_summary(label: str, own: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return mean rewards and costs of all processes' samples."""
+    records = [record for part in dist.gather_objects(own) for record in part]
+    return {
+        "search": label,
+        "search_rewards": means([record["rewards"] for record in records]),
+        "held_out_rewards": means([record["held_out"] for record in records]),
+        "search_cost": means([record["cost"] for record in records]),
+    }
 
 
 def _prompts(cfg: DictConfig, pipeline: Any, data: Any) -> list[str] | None:
@@ -207,6 +228,8 @@ def print_values(
 ) -> None:
     """Print a table for people; every number stands beside its protocol."""
     title = f"{record['num_samples']} samples"
+    if "search" in record:
+        title += f" found by {record['search']}"
     if "nfe_per_sample" in record:
         title += f", {record['nfe_per_sample']:g} network evaluations each"
     table = Table(title=title)
@@ -223,5 +246,9 @@ def print_values(
         table.add_row(value.name, f"{value.value:.4f}", value.protocol_hash, details)
     console = Console()
     console.print(table)
+    for kind in ("search_rewards", "held_out_rewards"):
+        for name, number in record.get(kind, {}).items():
+            role = "searched for" if kind == "search_rewards" else "held out"
+            console.print(f"{name}, {role}: {number:.4g}")
     for name, reason in skipped.items():
         console.print(f"left out: {name}: {reason}")

@@ -31,12 +31,20 @@ def run(cfg: DictConfig) -> None:
         return
     from genscale import dist
     from genscale.cli.loading import load_pipeline, output_folder
+    from genscale.cli.search_results import write_search
+    from genscale.cli.searching import check_requests, sample_requests, search_setup
     from genscale.io.files import write_json
+    from genscale.prompts import read_prompts
 
     rank, world_size = dist.initialise()
     started = time.perf_counter()
     pipeline, sampler, guidance = load_pipeline(cfg)
-    ids, images, labels, nfe = collect(cfg, pipeline, rank=rank, world_size=world_size)
+    setup = search_setup(cfg, pipeline)
+    prompts = read_prompts(cfg.prompts)
+    asked = sample_requests(pipeline, label_law(cfg), prompts, cfg.num_samples, cfg.seed)
+    check_requests(setup, asked)
+    settings = stream_settings(cfg, rank=rank, world_size=world_size)
+    ids, images, labels, nfe, searched, spent_on = collect(pipeline, settings, setup=setup)
     if rank == 0:
         folder = output_folder(cfg, "samples")
         captions = _captions(cfg, pipeline, len(ids))
@@ -61,12 +69,16 @@ def run(cfg: DictConfig) -> None:
             "solver_evaluations": pipeline.sampler.nfe(0, pipeline.sampler.num_steps),
             "seconds": round(time.perf_counter() - started, 2),
         }
+        if setup is not None:
+            record |= {"search": setup.label}
         write_json(folder / "samples.json", record)
         spent = f"{record['nfe_per_sample']:g} network evaluations each"
         if record["step_cache"] != "none":
             most = "at most " if pipeline.sampler.nfe_is_bound else ""
             spent += f" (of {most}{record['solver_evaluations']} a branch that the solver makes)"
         print(f"{len(ids)} samples, {spent}: {written}")
+        if setup is not None:
+            print(write_search(cfg, folder, pipeline, setup, searched, settings, seconds=spent_on))
     dist.finish()
 
 
@@ -87,45 +99,68 @@ def _captions(cfg: DictConfig, pipeline: Any, count: int) -> list[str] | None:
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
-def collect(cfg: DictConfig, pipeline: Any, *, rank: int, world_size: int) -> tuple[Any, ...]:
+def stream_settings(cfg: DictConfig, *, rank: int, world_size: int) -> dict[str, Any]:
+    """Return what the command line says of the samples, as the pipeline's stream takes it."""
+    from genscale.prompts import read_prompts
+
+    return {
+        "num_samples": cfg.num_samples,
+        "labels": label_law(cfg),
+        "prompts": read_prompts(cfg.prompts),
+        "negative_prompt": None if cfg.negative_prompt is None else str(cfg.negative_prompt),
+        "seed": cfg.seed,
+        "batch_size": cfg.batch_size,
+        "rank": rank,
+        "world_size": world_size,
+    }
+
+
+def collect(
+    pipeline: Any, settings: dict[str, Any], *, setup: Any = None
+) -> tuple[Any, Any, Any, Any, list[dict[str, Any]], dict[str, float]]:
     """Generate this process's share with a progress bar and join all shares by sample id.
+
+    Args:
+        pipeline: what makes the samples.
+        settings: of :func:`stream_settings`.
+        setup: how they are searched for; None samples once.
 
     Returns:
         ids ``(n,)``, images uint8 ``(n, C, H, W)``, labels ``(n,)`` (-1 where there are none),
-        network evaluations ``(n,)``.
+        network evaluations ``(n,)``; of a search also a record of each sample, and this process's
+        seconds by kind of work.
     """
     import torch
 
     from genscale import dist
-    from genscale.cli.progress import track
-    from genscale.prompts import read_prompts
+    from genscale.cli.searching import searched
 
-    stream = pipeline.stream(
-        num_samples=cfg.num_samples,
-        labels=label_law(cfg),
-        prompts=read_prompts(cfg.prompts),
-        negative_prompt=None if cfg.negative_prompt is None else str(cfg.negative_prompt),
-        seed=cfg.seed,
-        batch_size=cfg.batch_size,
-        rank=rank,
-        world_size=world_size,
-    )
-    share = cfg.num_samples * (rank + 1) // world_size - cfg.num_samples * rank // world_size
-    batches = list(track(stream, "sampling", total=share, show=rank == 0))
+    rank, count, world_size = (settings[k] for k in ("rank", "num_samples", "world_size"))
+    share = count * (rank + 1) // world_size - count * rank // world_size
+    batches, records = [], []
+    seconds: dict[str, float] = {}
+    for batch, found in searched(pipeline, setup, settings, total=share, show=rank == 0):
+        batches.append(batch)
+        records += found
+        if batch.search is not None:
+            spent = {**batch.search.cost.seconds}
+            spent["search"] = batch.search.seconds - sum(spent.values())
+            seconds = {k: seconds.get(k, 0.0) + v for k, v in spent.items()}
     if batches:
-        labels = [b.labels if b.labels is not None else torch.full_like(b.ids, -1) for b in batches]
+        known = [b.labels if b.labels is not None else torch.full_like(b.ids, -1) for b in batches]
         parts = (
             torch.cat([b.ids for b in batches]),
             torch.cat([b.images for b in batches]),
-            torch.cat(labels),
+            torch.cat(known),
             torch.cat([b.nfe for b in batches]),
         )
     else:
         empty = torch.zeros(0, dtype=torch.int64)
-        shape = pipeline.image_shape
-        images = torch.zeros((0, *shape), dtype=torch.uint8)
-        parts = (empty, images, empty, empty.double())
-    return dist.gather_rows(*parts)
+        no_images = torch.zeros((0, *pipeline.image_shape), dtype=torch.uint8)
+        parts = (empty, no_images, empty, empty.double())
+    joined = [record for part in dist.gather_objects(records) for record in part]
+    ids, images, labels, nfe = dist.gather_rows(*parts)
+    return ids, images, labels, nfe, sorted(joined, key=lambda each: each["id"]), seconds
 
 
 def _write(

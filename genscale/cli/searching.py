@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from genscale.cli.app import instantiate
 from genscale.cli.numbers import number_problems
+from genscale.cli.progress import track
+from genscale.conditioning.labels import LabelLaw, labels_for
 from genscale.errors import ConfigError
 from genscale.pipeline import Generated, GenerationPipeline
 from genscale.rewards.base import Request, Reward
 from genscale.search.budget import Budget
 from genscale.search.engine import Engine
 from genscale.search.plain import PlainSampling
-from genscale.search.setup import SearchSetup
+from genscale.search.setup import SearchSetup, requests_of
 
+_LOOKED_AT = 10_000  # requests of a set that are checked before it is made
 _EVERY = 10.0  # seconds between lines where there is no terminal
 
 
@@ -107,6 +112,21 @@ def _same_reward(reward: Reward, held_out: Reward | None) -> list[str]:
     return []
 
 
+def sample_requests(
+    pipeline: GenerationPipeline,
+    labels: LabelLaw,
+    prompts: Sequence[str] | None,
+    num_samples: int,
+    seed: int,
+) -> list[Request]:
+    """Return what will be asked of the samples of a set, as rewards see it, each once."""
+    count = min(num_samples, _LOOKED_AT)
+    classes = labels_for(labels, torch.arange(count), num_classes=pipeline.num_classes, seed=seed)
+    wishes = list(prompts or pipeline.example_captions) if pipeline.text is not None else []
+    captions = [wishes[i % len(wishes)] for i in range(count)] if wishes else None
+    return list(dict.fromkeys(requests_of(captions, classes, count)))
+
+
 def check_requests(setup: SearchSetup | None, requests: Sequence[Request]) -> None:
     """Raise before anything is sampled where a reward cannot judge what is asked for."""
     if setup is None:
@@ -152,7 +172,10 @@ class SearchProgress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
@@ -201,8 +224,37 @@ def search_records(batch: Generated) -> list[dict[str, Any]]:
                 "seed": int(found.seeds[row]),
                 "lineage": int(found.lineage[row]),
                 "finished": found.finished,
+                "state_bytes": found.state_bytes,
+                "invalid": found.invalid / len(found.group),
                 "cost": found.cost.row(prompt),
                 "tree": found.genealogy.record(prompt),
             }
         )
     return records
+
+
+def searched(
+    pipeline: GenerationPipeline,
+    setup: SearchSetup | None,
+    settings: dict[str, Any],
+    *,
+    total: int,
+    show: bool,
+) -> Iterator[tuple[Generated, list[dict[str, Any]]]]:
+    """Yield batches of samples, with a record of each that was searched for, and show progress.
+
+    Args:
+        pipeline: what makes them.
+        setup: how they are searched for; None samples once.
+        settings: of :meth:`~genscale.pipeline.GenerationPipeline.stream`.
+        total: samples of this process.
+        show: whether to show progress.
+    """
+    if setup is None:
+        stream = pipeline.stream(**settings)
+        yield from ((batch, []) for batch in track(stream, "sampling", total=total, show=show))
+        return
+    with SearchProgress(total, show=show) as shown:
+        for batch in pipeline.stream(**settings, search=replace(setup, watch=shown)):
+            shown.finished(len(batch.ids))
+            yield batch, search_records(batch)

@@ -34,16 +34,21 @@ def write_report(run_dir: Path) -> Path:
             f"There is no run folder at {run_dir}. Train one with: python train.py model=dimr"
         )
     run = read_run(run_dir)
+    report = run_dir / "report.html"
+    with atomic_write(report) as temporary:
+        temporary.write_text(whole_page(run.name, body(run)), encoding="utf-8")
+    return report
+
+
+def whole_page(title: str, *parts: str) -> str:
+    """Return a page that needs nothing beside it."""
     head = element(
         "head",
         void("meta", charset="utf-8"),
         void("meta", name="viewport", content="width=device-width, initial-scale=1"),
         void("meta", name="generator", content="genscale"),
-        element("title", f"{run.name} - genscale"),
+        element("title", f"{title} - genscale"),
         element("style", Markup(_STYLE.read_text(encoding="utf-8"))),
     )
-    page = element("html", head, element("body", body(run)), lang="en")
-    report = run_dir / "report.html"
-    with atomic_write(report) as temporary:
-        temporary.write_text(f"<!doctype html>\n{page}\n", encoding="utf-8")
-    return report
+    page = element("html", head, element("body", *parts), lang="en")
+    return f"<!doctype html>\n{page}\n"

@@ -22,7 +22,7 @@ from genscale.cli.loading import (
     output_folder,
 )
 from genscale.cli.progress import track
-from genscale.cli.sample import collect, grid_columns, label_law
+from genscale.cli.sample import collect, grid_columns, label_law, stream_settings
 from genscale.cli.train import module_pipeline
 from genscale.errors import CheckpointError, ConfigError
 from genscale.evaluation import as_record, class_law, describe, fit_reference, measure, periodic
@@ -140,7 +140,8 @@ class TestCollecting:
     def test_ids_pictures_labels_and_evaluations(self, trained_run: Path) -> None:
         cfg = settings(trained_run, labels=[2, 5])
         pipeline, _, _ = load_pipeline(cfg)
-        ids, images, labels, nfe = collect(cfg, pipeline, rank=0, world_size=1)
+        alone = stream_settings(cfg, rank=0, world_size=1)
+        ids, images, labels, nfe, *_ = collect(pipeline, alone)
         assert ids.tolist() == list(range(6))
         assert images.shape == (6, 1, 8, 8)
         assert labels.tolist() == [2, 5] * 3
@@ -149,7 +150,8 @@ class TestCollecting:
     def test_a_share_can_be_empty(self, trained_run: Path) -> None:
         cfg = settings(trained_run, num_samples=1)
         pipeline, _, _ = load_pipeline(cfg)
-        ids, images, labels, _ = collect(cfg, pipeline, rank=0, world_size=2)  # half of one: none
+        half = stream_settings(cfg, rank=0, world_size=2)  # of one: none
+        ids, images, labels, *_ = collect(pipeline, half)
         assert (len(ids), len(labels)) == (0, 0)
         assert images.shape == (0, 1, 8, 8)
 
