@@ -45,6 +45,7 @@ from genscale.samplers.base import Sampler
 from genscale.samplers.grid import GridSampler
 from genscale.samplers.step_cache import NoStepCache, StepCache
 from genscale.search.base import SearchResult
+from genscale.search.cost import StepCosts, step_costs
 from genscale.search.setup import SearchSetup, requests_of, work_of
 from genscale.text_cache import TextCache
 from genscale.weak_models import WeakModels
@@ -432,6 +433,15 @@ class GenerationPipeline:
                 requests=requests_of(captions, cond.labels, len(seeds)),
                 work=work_of(self.model, solver, precision=self.precision),
             )
+
+    def step_costs(self, cond: Conditioning) -> StepCosts:
+        """Return the network evaluations of every step of one sample, guidance counted.
+
+        Args:
+            cond: conditions of at least one sample.
+        """
+        guidance = self.ready(self.guidance)
+        return step_costs(self.sampler, self._view(self.sampler), cond, guidance)
 
     def stream(
         self,

@@ -17,10 +17,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from genscale.cli.app import instantiate
 from genscale.cli.numbers import number_problems
 from genscale.cli.progress import track
+from genscale.conditioning.base import Conditioning
 from genscale.conditioning.labels import LabelLaw, labels_for
 from genscale.errors import ConfigError
 from genscale.pipeline import Generated, GenerationPipeline
 from genscale.rewards.base import Request, Reward
+from genscale.search.base import Search
 from genscale.search.budget import Budget
 from genscale.search.engine import Engine
 from genscale.search.plain import PlainSampling
@@ -45,14 +47,38 @@ def search_setup(cfg: DictConfig, pipeline: GenerationPipeline) -> SearchSetup |
     if reward is None:
         _refuse_without_reward(cfg, plain=plain, held_out=held_out, budget=budget)
         return None
+    return build_setup(cfg, search, pipeline, budget)
+
+
+def build_setup(
+    cfg: DictConfig,
+    search: Search,
+    pipeline: GenerationPipeline,
+    budget: Budget | None = None,
+) -> SearchSetup:
+    """Put a search and the rewards of a command line together.
+
+    Args:
+        cfg: with ``reward``, ``held_out``, ``same_reward``, ``micro_batch`` and ``run``.
+        search: the algorithm.
+        pipeline: of the run.
+        budget: the most to spend.
+
+    Raises:
+        ConfigError: parts that are missing or do not fit, a sentence each.
+    """
+    reward, held_out = (_reward(cfg, name) for name in ("reward", "held_out"))
+    if reward is None:
+        raise ConfigError("There is nothing to search for. Give reward=scenes, say.")
     problems = number_problems(cfg, {"micro_batch": 1})
-    if not plain and not cfg.same_reward:
+    studied = "methods" in cfg
+    if not cfg.same_reward and (studied or not isinstance(search, PlainSampling)):
         problems += _same_reward(reward, held_out)
     setup = SearchSetup(
         search=search,
         reward=reward,
         held_out={} if held_out is None else {held_out.label: held_out},
-        budget=budget,
+        budget=budget or Budget(),
         micro_batch=cfg.micro_batch,
     )
     problems += setup.problems(pipeline.sampler)
@@ -60,6 +86,16 @@ def search_setup(cfg: DictConfig, pipeline: GenerationPipeline) -> SearchSetup |
         raise ConfigError("\n".join(problems))
     fit(setup, cfg.run)
     return setup
+
+
+def plain_cost(pipeline: GenerationPipeline, prompts: Sequence[str] | None) -> float:
+    """Return the network evaluations of one plain sample, guidance branches counted."""
+    classes = torch.zeros(1, dtype=torch.int64) if pipeline.num_classes else None
+    cond = Conditioning(labels=classes)
+    if pipeline.text is not None:
+        text = pipeline.text.to(pipeline.device)
+        cond = text.condition([(prompts or pipeline.example_captions)[0]])
+    return pipeline.step_costs(cond).total
 
 
 def fit(setup: SearchSetup, run: Any) -> None:

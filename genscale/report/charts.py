@@ -29,44 +29,60 @@ class Line:
         name: for the legend.
         points: (step, value), by step.
         smooth: draw centred averages, with the values themselves behind it.
+        band: (low, high) around every point, drawn behind the line; empty for none.
     """
 
     name: str
     points: Points
     smooth: bool = False
+    band: Points = ()
 
 
-def line_chart(title: str, lines: Sequence[Line], *, logarithmic: bool | None = None) -> Markup:
-    """Draw lines over a common axis of optimizer steps.
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    logarithmic: bool | None = None,
+    x_label: str = "optimizer steps",
+    logarithmic_x: bool = False,
+) -> Markup:
+    """Draw lines over a common axis.
 
     Args:
         title: above the chart.
         lines: at least one of them with a point.
         logarithmic: y axis; None chooses it for positive values that span a factor of 10.
+        x_label: what the axis counts.
+        logarithmic_x: x axis, for positive values.
     """
     lines = [line for line in lines if line.points]
     drawn = [_thin(_smooth(line.points) if line.smooth else line.points) for line in lines]
     behind = [_thin(line.points) if line.smooth else [] for line in lines]
     values = [y for points in drawn for _, y in points]
     values += [y for points in behind for y in _middle([y for _, y in points])]
+    values += [bound for line in lines for pair in line.band for bound in pair]
     if logarithmic is None:
         logarithmic = min(values) > 0 and max(values) / min(values) > 10
-    x_axis = _Axis.linear([x for points in drawn for x, _ in points], _LEFT, WIDTH - _RIGHT)
+    along = _Axis.logarithmic if logarithmic_x else _Axis.linear
+    x_axis = along([x for points in drawn for x, _ in points], _LEFT, WIDTH - _RIGHT)
     y_axis = (_Axis.logarithmic if logarithmic else _Axis.linear)(values, HEIGHT - _BOTTOM, _TOP)
-    parts = [_grid(x_axis, y_axis)]
+    parts = [_grid(x_axis, y_axis, x_label)]
+    for index, line in enumerate(lines):
+        if line.band:
+            parts.append(_band(line, x_axis, y_axis, index))
     for index, points in enumerate(behind):
         if points:
             parts.append(_path(points, x_axis, y_axis, f"faint s{index % _COLOURS}"))
     for index, (line, points) in enumerate(zip(lines, drawn, strict=True)):
         parts.append(_path(points, x_axis, y_axis, f"line s{index % _COLOURS}"))
         if len(points) <= 30 and not line.smooth:
-            parts += [_dot(line.name, p, x_axis, y_axis, index) for p in points]
+            parts += [_dot(line.name, p, x_axis, y_axis, index, x_label) for p in points]
     svg = element(
         "svg",
         *parts,
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
-        aria_label=f"{title} over optimizer steps",
+        aria_label=f"{title} over {x_label}",
     )
     legend = element("p", *_legend(lines, drawn), class_="legend")
     return element("figure", element("figcaption", title), legend, svg, class_="chart")
@@ -130,7 +146,7 @@ def _round_step(step: float) -> float:
     return next(m * power for m in (1.0, 2.0, 5.0, 10.0) if m * power >= step * 0.999)
 
 
-def _grid(x_axis: _Axis, y_axis: _Axis) -> Markup:
+def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str) -> Markup:
     parts = []
     for tick in y_axis.ticks:
         y = f"{y_axis(tick):.1f}"
@@ -143,7 +159,7 @@ def _grid(x_axis: _Axis, y_axis: _Axis) -> Markup:
     base = HEIGHT - _BOTTOM
     parts.append(element("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=base, y2=base, class_="axis"))
     middle = (_LEFT + WIDTH - _RIGHT) / 2
-    parts.append(element("text", "optimizer steps", x=middle, y=HEIGHT - 4, class_="x unit"))
+    parts.append(element("text", x_label, x=middle, y=HEIGHT - 4, class_="x unit"))
     return join(*parts)
 
 
@@ -159,8 +175,18 @@ def _path(points: Points, x_axis: _Axis, y_axis: _Axis, kind: str) -> Markup:
     return element("polyline", points=" ".join(words), class_=kind)
 
 
-def _dot(name: str, point: tuple[float, float], x_axis: _Axis, y_axis: _Axis, index: int) -> Markup:
-    title = element("title", f"{name}: {number(point[1])} at step {number(int(point[0]))}")
+def _band(line: Line, x_axis: _Axis, y_axis: _Axis, index: int) -> Markup:
+    pairs = list(zip(line.points, line.band, strict=True))
+    around = [(x, low) for (x, _), (low, _) in pairs]
+    around += [(x, high) for (x, _), (_, high) in reversed(pairs)]
+    words = [f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in around]
+    return element("polygon", points=" ".join(words), class_=f"band b{index % _COLOURS}")
+
+
+def _dot(
+    name: str, point: tuple[float, float], x_axis: _Axis, y_axis: _Axis, index: int, x_label: str
+) -> Markup:
+    title = element("title", f"{name}: {number(point[1])} at {number(int(point[0]))} {x_label}")
     x, y = f"{x_axis(point[0]):.1f}", f"{y_axis(point[1]):.1f}"
     return element("circle", title, cx=x, cy=y, r=3, class_=f"dot s{index % _COLOURS}")
 

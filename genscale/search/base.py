@@ -69,6 +69,7 @@ class Search(ABC):
         needs_transition: steps must be draws from normals of known density.
         needs_gradient: the reward must be differentiable.
         needs_potential: the reward's values must make sense as weights.
+        grows: the setting that None sizes by the budget, of which scaling studies make use.
     """
 
     families: ClassVar[frozenset[Family]] = frozenset({"diffusion", "scale_wise"})
@@ -77,6 +78,7 @@ class Search(ABC):
     needs_transition: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
     needs_potential: ClassVar[bool] = False
+    grows: ClassVar[str | None] = None
 
     @property
     def label(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from genscale.errors import ConfigError
 from genscale.search.base import Search
 from genscale.search.engine import Engine
@@ -16,6 +18,8 @@ class BestOfN(Search):
     Raises:
         ConfigError: fewer than one sample.
     """
+
+    grows: ClassVar[str | None] = "samples"
 
     def __init__(self, samples: int | None = 8) -> None:
         if samples is not None and samples < 1:

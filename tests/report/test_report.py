@@ -209,7 +209,7 @@ def test_curves(run):
     assert "loss_level_0" in page.text  # beside the whole loss, in one chart
     points = page.of("polyline")[-1]["points"]
     assert len(points.split()) == 1  # the single evaluation during training
-    assert "fd_probe: 6.500 at step 300" in page.text
+    assert "fd_probe: 6.500 at 300 optimizer steps" in page.text
 
 
 def test_a_torn_line_is_counted(run):
