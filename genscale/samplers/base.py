@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from genscale import rng
 from genscale.conditioning.base import Conditioning
 from genscale.objectives.base import Family
 from genscale.objectives.memory import cat_tensors, put_rows, take_rows
 from genscale.objectives.schedule import NoiseProcess
+from genscale.rng import Purpose
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,24 @@ class Sampler(ABC):
         """Return the shape of the unit noise of one sample that :meth:`start` takes."""
         shape: tuple[int, ...] = model.sample_shape
         return shape
+
+    def start_noise(self, model: Any, seeds: Tensor) -> Tensor:
+        """Return the unit noise ``(B, ...)`` that trajectories of these seeds draw themselves.
+
+        Given to :meth:`start` with the same seeds, it changes nothing.
+        """
+        keys = rng.key(seeds, Purpose.INIT).to(model.device, non_blocking=True)
+        return rng.normal(keys, self.noise_shape(model))
+
+    def step_noise(self, model: Any, state: State) -> Tensor:
+        """Return the unit noise ``(B, ...)`` that the current step draws itself.
+
+        Given to :meth:`advance`, it changes nothing, save where copies of an evaluated particle
+        have a lineage of their own: scale-wise models then draw again, by that lineage.
+        """
+        keys = rng.key(state.seeds, state.lineage, state.step, Purpose.STEP)
+        keys = keys.to(state.x.device, non_blocking=True)
+        return rng.normal(keys, tuple(state.x.shape[1:])).to(state.x.dtype)
 
     @abstractmethod
     def start(

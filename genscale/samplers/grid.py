@@ -92,6 +92,10 @@ class GridSampler(Sampler):
         """Return all levels of the grid, from most noise to clean."""
         return level_grid(process, self.schedule, self.intervals)
 
+    def levels(self, process: NoiseProcess) -> Level:
+        """Return the levels ``(num_steps + 1,)`` at which steps begin, and where the last ends."""
+        return self.grid(process).select(self._place(torch.arange(self.num_steps + 1)))
+
     def last_level(self, process: NoiseProcess) -> Level:
         """Return the level ``(1,)`` at which the last step begins."""
         step = torch.tensor([self.num_steps - 1], device="cpu")
@@ -126,8 +130,7 @@ class GridSampler(Sampler):
         seeds = seeds.to(device="cpu", dtype=torch.int64)
         count = len(seeds)
         if noise is None:
-            keys = rng.key(seeds, Purpose.INIT).to(model.device, non_blocking=True)
-            noise = rng.normal(keys, model.sample_shape)
+            noise = self.start_noise(model, seeds)
         if len(noise) != count or len(cond) not in (0, count):
             raise ValueError(
                 f"{count} seeds were given with {len(cond)} conditions and {len(noise)} noises. "
@@ -313,10 +316,7 @@ class GridSampler(Sampler):
 
     def _step_noise(self, state: State, noise: Tensor | None) -> Tensor:
         """Return the unit noise of the current step: the caller's, or keyed."""
-        if noise is not None:
-            return noise.to(state.x)
-        keys = rng.key(state.seeds, state.lineage, state.step, Purpose.STEP)
-        return self._noise(state.x, keys)
+        return self.step_noise(None, state) if noise is None else noise.to(state.x)
 
     def _place(self, step: Tensor) -> Tensor:
         """Return where on the grid a step begins."""

@@ -90,7 +90,11 @@ class NextScale(Sampler):
     @property
     def stochastic(self) -> bool:
         """Whether some scale draws tokens, or mixes codes, at random."""
-        return self.smooth or (self.top_k != 1 and any(t > 0.0 for t in self.temperatures))
+        return any(self.draws(scale) for scale in range(self.num_scales))
+
+    def draws(self, scale: int) -> bool:
+        """Whether a scale draws tokens, or mixes codes, at random."""
+        return self._smooths(scale) or (self.top_k != 1 and self.temperatures[scale] > 0.0)
 
     @property
     def label(self) -> str:
@@ -126,6 +130,30 @@ class NextScale(Sampler):
     def noise_shape(self, model: ScaleDecoder) -> tuple[int, ...]:
         """Return ``(L,)``: a number a token."""
         return (sum(height * width for height, width in model.scales),)
+
+    def start_noise(self, model: ScaleDecoder, seeds: Tensor) -> Tensor:
+        """Return the noise ``(B, L)`` of all scales that trajectories of these seeds draw."""
+        steps = enumerate(scale_spans(model.scales))
+        lineage = torch.zeros_like(seeds)
+        return torch.cat(
+            [self._keyed(model, seeds, lineage, scale, end - at) for scale, (at, end) in steps], 1
+        )
+
+    def step_noise(self, model: ScaleDecoder, state: State) -> Tensor:
+        """Return the noise ``(B, l)`` of the scale at hand.
+
+        Where particles stand at different scales, l is the size of the largest, and the rows of
+        smaller ones are longer than need be.
+        """
+        spans = scale_spans(model.scales)
+        rows = state.step.clamp(max=self.num_scales - 1)
+        length = max(spans[scale][1] - spans[scale][0] for scale in rows.unique().tolist())
+        if "noise" not in state.history:
+            return self._keyed(model, state.seeds, state.lineage, state.step, length)
+        given = F.pad(state.history["noise"], (0, length))
+        first = torch.tensor([at for at, _ in spans])[rows]
+        places = first[:, None] + torch.arange(length)
+        return given.gather(1, places.to(given.device))
 
     def start(
         self,
@@ -289,7 +317,7 @@ class NextScale(Sampler):
         if temperature == 0.0 or self.top_k == 1:
             tokens = filtered.argmax(dim=-1)
         else:
-            tokens = draw_tokens(filtered, self._noise(state, start, end, noise))
+            tokens = draw_tokens(filtered, self._noise(model, state, start, end, noise))
         if "keep" in state.history:
             known, keep = (state.history[name][:, start:end] for name in ("known", "keep"))
             tokens = torch.where(keep, known, tokens)
@@ -302,14 +330,22 @@ class NextScale(Sampler):
         latent = model.tokenizer.add_scale(state.x, codes, scale)[0]
         return _padded(tokens, state.history["drawn"].shape[1]), latent
 
-    def _noise(self, state: State, start: int, end: int, noise: Tensor | None) -> Tensor:
+    def _noise(
+        self, model: ScaleDecoder, state: State, start: int, end: int, noise: Tensor | None
+    ) -> Tensor:
         """Return the unit noise ``(B, end - start)`` of a scale: given now, at start, or keyed."""
         if noise is not None:
             return noise[:, : end - start]
         if "noise" in state.history:
             return state.history["noise"][:, start:end]
-        keys = rng.key(state.seeds, state.lineage, state.step, Purpose.STEP)
-        return rng.normal(keys.to(state.x.device, non_blocking=True), (end - start,))
+        return self._keyed(model, state.seeds, state.lineage, state.step, end - start)
+
+    def _keyed(
+        self, model: ScaleDecoder, seeds: Tensor, lineage: Tensor, step: int | Tensor, count: int
+    ) -> Tensor:
+        """Draw the first ``count`` numbers of a scale's own noise; they do not depend on it."""
+        keys = rng.key(seeds, lineage, step, Purpose.STEP)
+        return rng.normal(keys.to(model.device, non_blocking=True), (count,))
 
     def _smooths(self, scale: int) -> bool:
         until = self.num_scales if self.smooth_until is None else self.smooth_until

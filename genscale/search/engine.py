@@ -7,7 +7,6 @@ what that costs each prompt, and refuses what the budget does not allow.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -152,20 +151,21 @@ class Engine:
         return state.replace(group=group)
 
     def noise(self, seeds: Tensor) -> Tensor:
-        """Return the unit noise ``(n, ...)`` that trajectories of these seeds could start from.
+        """Return the unit noise ``(n, ...)`` that trajectories of these seeds draw themselves."""
+        return self.sampler.start_noise(self.model, seeds)
 
-        Diffusion samplers would draw the same; scale-wise ones draw theirs scale by scale.
-        """
-        keys = rng.key(seeds, Purpose.INIT).to(self.model.device)
-        return rng.normal(keys, self.sampler.noise_shape(self.model))
-
-    def branch(self, state: State, index: Tensor) -> State:
+    def branch(self, state: State, index: Tensor, copy: Tensor | None = None) -> State:
         """Take particles ``index``; copies of one part from here on.
 
         The first copy keeps its lineage, so that a particle chosen once goes on as it would have.
+
+        Args:
+            state: the particles.
+            index: ``(n,)`` int64 on the CPU.
+            copy: ``(n,)`` int64, which copy of its particle each is; None counts them.
         """
         chosen = state.select(index)
-        copy = _occurrence(index)
+        copy = _occurrence(index) if copy is None else copy
         fresh = rng.key(chosen.lineage, chosen.step, copy, Purpose.BRANCH)
         return chosen.replace(lineage=torch.where(copy == 0, chosen.lineage, fresh))
 
@@ -393,12 +393,18 @@ class Engine:
 
     def affords(self, *, nfe: float = 0.0, rewards: float = 0.0) -> int:
         """Return how often every prompt can still pay so much; a large number without a limit."""
-        times = [
-            math.floor((float(left.min()) + _SLACK) / price)
-            for left, price in ((self.nfe_left(), nfe), (self.rewards_left(), rewards))
-            if price > 0 and bool(left.isfinite().all())
-        ]
-        return max(0, min(times, default=1 << 30))
+        return int(self.each_affords(nfe=nfe, rewards=rewards).min())
+
+    def each_affords(self, *, nfe: float = 0.0, rewards: float = 0.0) -> Tensor:
+        """Return how often each prompt can still pay so much, ``(G,)`` int64; see :meth:`affords`.
+
+        A search whose prompts spend differently asks for each, so that none depends on another.
+        """
+        times = torch.full((self.num_prompts,), 1 << 30, dtype=torch.int64)
+        for left, price in ((self.nfe_left(), nfe), (self.rewards_left(), rewards)):
+            if price > 0 and bool(left.isfinite().all()):
+                times = times.minimum(((left + _SLACK) / price).floor().long())
+        return times.clamp(min=0)
 
     @property
     def seconds(self) -> float:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from scripts.parity import Case, Comparison, flow_sde, geneval, noise_regularisers
+from scripts.parity import Case, Comparison, flow_sde, geneval, neighbours, noise_regularisers
 
 
 def run(case: Case) -> list[Comparison] | None:
     """Run a case, or return None."""
     if case.name.startswith("geneval"):
         return geneval.run(case)
+    if case.name.startswith("neighbours"):
+        return neighbours.run(case)
     if case.name.startswith("noise_regularisers"):
         return noise_regularisers.run(case)
     return flow_sde.run(case) if case.name.startswith("flow_sde") else None

@@ -1,0 +1,153 @@
+"""One step taken several ways: what it leads to, what is seen of that, and what it costs.
+
+A diffusion particle after its step is judged by the clean estimate there, which takes another
+evaluation; the particle that is kept needs that anyway. A scale-wise particle is judged by its
+running latent, which is a picture already, and other draws of its scale come from the same logits:
+only the particles that are kept ask the network again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genscale.errors import ConfigError
+from genscale.samplers.base import Sampler, State
+from genscale.samplers.next_scale import NextScale
+from genscale.samplers.sde import GaussianSampler
+from genscale.search.engine import Engine
+from genscale.search.scorer import Scores
+
+_SLACK = 1e-6  # of an evaluation: what float64 sums may be off by
+
+
+@dataclass(frozen=True, slots=True)
+class StepPrices:
+    """Network evaluations of a search that takes each step several ways.
+
+    Attributes:
+        first: of a particle that begins.
+        proposal: ``(S,)`` float64, of a proposal at step i: the step, and what it is judged by.
+        kept: ``(S,)`` float64, of a proposal that is kept, on top.
+    """
+
+    first: float
+    proposal: Tensor
+    kept: Tensor
+
+    @staticmethod
+    def of(engine: Engine) -> StepPrices:
+        """Return the prices of an engine's steps."""
+        costs = engine.costs
+        later = torch.cat((costs.evaluate[1:], costs.evaluate.new_zeros(1)))
+        first = float(costs.evaluate[0])
+        if engine.sampler.family == "scale_wise":
+            return StepPrices(first, costs.advance, later)
+        return StepPrices(first, costs.advance + later, torch.zeros_like(later))
+
+
+def propose(engine: Engine, state: State, count: int, copy: Tensor | None = None) -> State:
+    """Take the step of every particle in ``count`` ways, each with noise of its own.
+
+    The first way is the one that the particle would have gone.
+
+    Args:
+        engine: counts the step.
+        state: n particles, evaluated once if they are not.
+        count: ways a particle.
+        copy: ``(n * count,)`` numbers of the ways; None counts from 0.
+
+    Returns:
+        ``n * count`` particles, those of one parent together.
+    """
+    state = engine.evaluate(state)
+    rows = torch.arange(len(state)).repeat_interleave(count)
+    copies = engine.branch(state, rows, copy)
+    return engine.advance(copies, engine.sampler.step_noise(engine.model, copies))
+
+
+def judge(engine: Engine, state: State) -> tuple[State, Scores]:
+    """Judge particles by where they seem to go; those that have finished by what they are.
+
+    Returns:
+        the particles, of diffusion models evaluated, and their scores row by row. Finished ones
+        were offered to the engine.
+    """
+    diffusion = engine.sampler.family == "diffusion"
+    if diffusion:
+        state = engine.evaluate(state)
+    done = state.step >= engine.sampler.num_steps
+    parts, rows = [], []
+    for index, finished in ((done.nonzero()[:, 0], True), ((~done).nonzero()[:, 0], False)):
+        if len(index) == 0:
+            continue
+        part = state if len(index) == len(state) else state.select(index)
+        if finished:
+            scores = engine.score(engine.sampler.finish(part), part.group)
+            engine.offer(part, scores)
+        else:
+            scores = engine.preview(part if diffusion else part.replace(clean=part.x))
+        parts.append(scores)
+        rows.append(index)
+    if len(parts) == 1:
+        return state, parts[0]
+    return state, Scores.cat(parts).select(torch.cat(rows).argsort())
+
+
+def random_steps(sampler: Sampler, state: State) -> Tensor:
+    """Return which steps ``(S,)`` draw noise: elsewhere all proposals of a particle are equal.
+
+    Args:
+        sampler: whose steps.
+        state: evaluated particles; the first one is looked at.
+    """
+    count = sampler.num_steps
+    if isinstance(sampler, NextScale):
+        return torch.tensor([sampler.draws(scale) for scale in range(count)])
+    if not isinstance(sampler, GaussianSampler):
+        return torch.full((count,), sampler.stochastic)
+    one = state.select(torch.zeros(1, dtype=torch.int64))
+    # the spread of a step follows from its levels, wherever the particle stands
+    steps = (one.replace(step=torch.full((1,), step)) for step in range(count))
+    return torch.tensor([bool((sampler.transition(at)[1] > 0).any()) for at in steps])
+
+
+def afforded(
+    engine: Engine,
+    asked: int | None,
+    *,
+    each: tuple[float, float],
+    fixed: tuple[float, float] = (0.0, 0.0),
+    setting: str,
+) -> int:
+    """Return how many of something the budget allows every prompt, ``asked`` at most.
+
+    Args:
+        engine: what is left.
+        asked: the most; None takes all there is.
+        each: evaluations and rewards of one.
+        fixed: evaluations and rewards beside.
+        setting: where ``asked`` comes from, for the error sentence.
+
+    Returns:
+        a number, negative where not even the rest is affordable.
+
+    Raises:
+        ConfigError: neither a number nor a limit.
+    """
+    times = [] if asked is None else [float(asked)]
+    for left, price, beside in zip(
+        (engine.nfe_left(), engine.rewards_left()), each, fixed, strict=True
+    ):
+        least = float(left.min())
+        if price > 0 and math.isfinite(least):
+            times.append(math.floor((least - beside + _SLACK) / price))
+    if not times:
+        raise ConfigError(
+            f"The search has no end: neither {setting} nor a budget that it counts against was "
+            f"given. Give {setting}=8 or budget.reward_calls=..., say."
+        )
+    return int(min(times))
