@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,11 +26,13 @@ class Folder:
         key: config path that names it, for error sentences.
         place: folder with config.json, weights and the tokenizer's files; None where not given.
         what: which model belongs there, for error sentences.
+        holds: which parts of a model must lie there.
     """
 
     key: str
     place: str | None
     what: str
+    holds: tuple[Literal["weights", "tokenizer"], ...] = ("weights", "tokenizer")
 
     def path(self) -> Path:
         """Return the folder.
@@ -40,15 +42,18 @@ class Folder:
             CheckpointError: it is not there, or files are missing.
         """
         if self.place is None:
+            parts = {"weights": "config.json, model.safetensors", "tokenizer": "the tokenizer"}
             raise ConfigError(
-                f"{self.key} is not set, and the weights of {self.what} are needed. Give "
-                f"{self.key}=<folder with config.json, model.safetensors and the tokenizer>."
+                f"{self.key} is not set, and the {self.holds[0]} of {self.what} are needed. Give "
+                f"{self.key}=<folder with {' and '.join(parts[each] for each in self.holds)}>."
             )
         folder = Path(self.place).expanduser()
-        missing = [] if (folder / "config.json").is_file() else ["config.json"]
-        if not list(folder.glob("*.safetensors")):
-            missing.append("model.safetensors")
-        if not any((folder / name).is_file() for name in _TOKENIZERS):
+        missing = []
+        if "weights" in self.holds:
+            missing = [] if (folder / "config.json").is_file() else ["config.json"]
+            if not list(folder.glob("*.safetensors")):
+                missing.append("model.safetensors")
+        if "tokenizer" in self.holds and not any((folder / name).is_file() for name in _TOKENIZERS):
             missing.append("tokenizer.json")
         if missing:
             raise CheckpointError(
@@ -105,6 +110,7 @@ def load_model(folder: Folder, class_name: str, precision: str) -> nn.Module:
         CheckpointError: the files are damaged, or weights are missing.
     """
     import transformers
+    from safetensors import SafetensorError
 
     path = folder.path()
     kind = getattr(transformers, class_name)
@@ -116,7 +122,7 @@ def load_model(folder: Folder, class_name: str, precision: str) -> nn.Module:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         problem = " ".join(str(error).split()).rstrip(".")[:300]
         raise CheckpointError(
             f"The weights of {folder.key}={folder.place} cannot be loaded: {problem}. Copy the "
