@@ -116,7 +116,7 @@ class State:
             group=torch.cat([state.group for state in states]),
             nfe=torch.cat([state.nfe for state in states]),
             clean=torch.cat([s.clean for s in states if s.clean is not None]) if done else None,
-            noise=torch.cat([s.noise for s in states if s.noise is not None]) if done else None,
+            noise=cat_tensors([state.noise for state in states]),
             history=cat_tensors([state.history for state in states]),
             memory=cat_tensors([state.memory for state in states], counts),
             pending=cat_tensors([state.pending for state in states], counts),

@@ -141,8 +141,9 @@ def candidate_features(tokens: Tensor, mode: FeatureMode) -> Tensor:
     if mode == "pca_all":
         places = tokens.flatten(0, 1)
         places = places - places.mean(dim=0)
-        first = torch.linalg.svd(places, full_matrices=False).Vh[0]
-        return (places @ first).view(tokens.shape[:2])
+        direction = torch.linalg.svd(places, full_matrices=False).Vh[:1].mT  # (D, 1)
+        shared: Tensor = places @ direction
+        return shared.view(tokens.shape[:2])
     places = tokens - tokens.mean(dim=1, keepdim=True)
     directions = torch.linalg.svd(places, full_matrices=False).Vh[:, :1].mT  # (n, D, 1)
     scores: Tensor = (places @ directions)[..., 0]
