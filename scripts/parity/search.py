@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from scripts.parity import Case, Comparison, flow_sde, geneval, neighbours, noise_regularisers
+from scripts.parity import (
+    Case,
+    Comparison,
+    feynman_kac,
+    flow_sde,
+    geneval,
+    neighbours,
+    noise_regularisers,
+)
 
 
 def run(case: Case) -> list[Comparison] | None:
     """Run a case, or return None."""
     if case.name.startswith("geneval"):
         return geneval.run(case)
+    if case.name.startswith("fk_"):
+        return feynman_kac.run(case)
     if case.name.startswith("neighbours"):
         return neighbours.run(case)
     if case.name.startswith("noise_regularisers"):
