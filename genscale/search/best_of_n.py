@@ -44,13 +44,21 @@ class BestOfN(Search):
             engine.record("start", state, value=scores.value)
 
 
-def samples_afforded(engine: Engine, asked: int | None) -> int:
+def samples_afforded(
+    engine: Engine, asked: int | None, *, nfe: float | None = None, rewards: int = 1
+) -> int:
     """Return how many full samples a prompt the budget allows, ``asked`` at most.
+
+    Args:
+        engine: of the search.
+        asked: None asks for as many as there can be.
+        nfe: evaluations that one takes; None: those of a plain sample.
+        rewards: that one takes.
 
     Raises:
         ConfigError: neither a number nor a budget.
     """
-    affords = engine.affords(nfe=engine.costs.total, rewards=1)
+    affords = engine.affords(nfe=engine.costs.total if nfe is None else nfe, rewards=rewards)
     if asked is not None:
         return min(asked, affords)
     if engine.budget.nfe is None and engine.budget.reward_calls is None:
