@@ -13,7 +13,8 @@ class Budget:
     """The most a search may spend; None sets no limit.
 
     Args:
-        nfe: network evaluations a returned sample, guidance branches counted.
+        nfe: network evaluations a returned sample, guidance branches counted; a backward pass
+            through one counts as two.
         reward_calls: pictures judged a returned sample, held-out rewards not counted.
         seconds: wall-clock seconds a batch of prompts; exceeded by one micro-batch at most.
 

@@ -20,6 +20,8 @@ from genscale.objectives.base import (
 )
 from genscale.samplers.base import Sampler, State
 
+# evaluations that a backward pass through the network is worth: two products for each of its own
+BACKWARD = 2.0
 # peak dense bf16 operations over bytes of memory traffic, from the makers' data sheets
 INTENSITY = {"h100": 295.0, "h200": 206.0, "a100": 153.0, "cpu": 20.0}
 

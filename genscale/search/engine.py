@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,9 +23,11 @@ from genscale.rewards.base import Request
 from genscale.rng import Purpose
 from genscale.samplers.base import Sampler, State
 from genscale.search.budget import Budget, BudgetSpent
-from genscale.search.cost import CostMeter, StepCosts, Work, state_bytes, step_costs
+from genscale.search.cost import BACKWARD, CostMeter, StepCosts, Work, state_bytes, step_costs
 from genscale.search.genealogy import Genealogy, Generation
 from genscale.search.scorer import Scorer, Scores, best_first
+
+_Result = TypeVar("_Result")
 
 _SLACK = 1e-6  # of an evaluation: what float64 sums may be off by
 
@@ -231,12 +233,33 @@ class Engine:
         self.state_bytes = max(self.state_bytes, state_bytes(state))
         return state
 
-    def count(self, before: State, after: State) -> None:
-        """Count what one micro-batch spent between two states of the same particles."""
+    def each(self, count: int, kind: str, work: Callable[[Tensor], _Result]) -> list[_Result]:
+        """Do a kind of work in micro-batches of ``count`` rows; the work counts what it spends.
+
+        Raises:
+            BudgetSpent: the time is over; asked before each micro-batch.
+        """
+        done = []
+        for rows in self._split(count):
+            self._check_time()
+            with self._timed(kind):
+                done.append(work(rows))
+            self._report()
+        return done
+
+    def count(self, before: State, after: State, *, backward: bool = False) -> None:
+        """Count what one micro-batch spent between two states of the same particles.
+
+        Args:
+            before: a state.
+            after: the same particles later.
+            backward: count the way back through these evaluations, not the evaluations.
+        """
         spent = after.nfe - before.nfe
-        self.meter.add("nfe", before.group, spent)
+        self.meter.add("backward_calls" if backward else "nfe", before.group, spent)
         if self.work is None:
             return
+        spent = spent * BACKWARD if backward else spent
         last = len(self.work.flops) - 1
         # of several steps at once, evaluations are spread evenly over them
         steps = (after.step - before.step).clamp(min=1)
@@ -296,7 +319,7 @@ class Engine:
         if state.clean is None:
             raise ValueError("The state is not evaluated. Call engine.evaluate first.")
         scores = self.score(state.clean, state.group)
-        self._preview = self._better(self._preview, scores, state, finished=False)
+        self.offer(state, scores, finished=False)
         return scores
 
     def finish(self, state: State) -> Scores:
@@ -306,14 +329,32 @@ class Engine:
         self.offer(state, scores)
         return scores
 
-    def offer(self, state: State, scores: Scores) -> None:
-        """Keep finished samples that are better than the best so far.
+    def offer(self, state: State, scores: Scores, *, finished: bool = True) -> None:
+        """Keep samples that are better than the best so far.
+
+        Args:
+            state: the particles.
+            scores: of them, row by row.
+            finished: false of clean estimates, which stand until there are finished samples.
+        """
+        if finished:
+            self._finished = self._better(self._finished, scores, state, finished=True)
+        else:
+            self._preview = self._better(self._preview, scores, state, finished=False)
+        self._report()
+
+    def settle(self, state: State, scores: Scores, index: Tensor) -> None:
+        """Make finished particles the answers, whatever was found before.
+
+        For searches that return draws from a law rather than the best.
 
         Args:
             state: the finished particles.
             scores: of them, row by row.
+            index: ``(n,)`` int64 rows to return, prompts in order, as many of each.
         """
-        self._finished = self._better(self._finished, scores, state, finished=True)
+        chosen = state.seeds[index], state.lineage[index]
+        self._finished = Answers(scores.select(index), *chosen, finished=True)
         self._report()
 
     def _better(
@@ -381,10 +422,23 @@ class Engine:
 
     # ------------------------------------------------------------------ budget
 
+    def allow(self, group: Tensor, *, nfe: float = 0.0, judged: bool = False) -> None:
+        """Ask for so many evaluations a particle of prompts ``group``, and for a reward each.
+
+        Raises:
+            BudgetSpent: the budget does not allow them.
+        """
+        self._check_nfe(group, torch.full((len(group),), nfe, dtype=torch.float64))
+        if judged:
+            self._check_rewards(group)
+
     def nfe_left(self) -> Tensor:
-        """Return the evaluations each prompt has left, ``(G,)`` float64; inf without a limit."""
+        """Return the evaluations each prompt has left, ``(G,)`` float64; inf without a limit.
+
+        A way back through the network counts as two evaluations.
+        """
         limit = torch.inf if self.budget.nfe is None else self.budget.nfe
-        return limit - self.meter.nfe
+        return limit - self.meter.nfe - BACKWARD * self.meter.backward_calls
 
     def rewards_left(self) -> Tensor:
         """Return the rewards each prompt has left, ``(G,)`` float64; inf without a limit."""

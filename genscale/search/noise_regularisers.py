@@ -34,7 +34,7 @@ def norm_penalty(noise: Tensor) -> Tensor:
 def typicality_penalty(
     noise: Tensor, permutations: Tensor | None = None, *, block: int = 4
 ) -> Tensor:
-    """Return how improbable mean and covariance of blocks of a noise are (arXiv:2405.18881, sec. 3).
+    """Return how improbable mean and covariance of a noise's blocks are (arXiv:2405.18881).
 
     The elements are cut into n blocks of m. If they are unit normal, the mean M1 of the blocks and
     the error M2 of their covariance, a spectral norm, obey

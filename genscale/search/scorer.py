@@ -96,7 +96,29 @@ class Scorer:
 
     def score(self, latents: Tensor, images: Tensor, group: Tensor) -> Scores:
         """Judge decoded pictures ``(n, C, H, W)`` in [-1, 1]."""
-        output = self.reward.score(_unit(images), self._handle, group)
+        return self._scores(
+            self.reward.score(_unit(images), self._handle, group), latents, images, group
+        )
+
+    def score_with_loss(
+        self, latents: Tensor, images: Tensor, group: Tensor
+    ) -> tuple[Scores, Tensor]:
+        """Judge pictures and return the loss ``(n,)``, which alone has gradients.
+
+        Where the loss is minus the value, the reward looks at the pictures once.
+        """
+        if type(self.reward).loss is Reward.loss and self.reward.differentiable:
+            output = self.reward.score(_unit(images), self._handle, group)
+            loss = -output.value
+        else:
+            loss = self.loss(images, group)
+            with torch.no_grad():
+                output = self.reward.score(_unit(images), self._handle, group)
+        return self._scores(output, latents.detach(), images.detach(), group), loss
+
+    def _scores(
+        self, output: RewardOutput, latents: Tensor, images: Tensor, group: Tensor
+    ) -> Scores:
         value = output.value.detach().double().cpu()
         good = value.isfinite()
         if output.valid is not None:

@@ -1,4 +1,4 @@
-"""Parity of what keeps optimised noises noise: ReNO's and DNO's regularisers and their gradients."""
+"""Parity of what keeps optimised noises noise: ReNO's and DNO's regularisers, with gradients."""
 
 from __future__ import annotations
 
