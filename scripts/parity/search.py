@@ -5,6 +5,7 @@ from __future__ import annotations
 from scripts.parity import (
     Case,
     Comparison,
+    d2d_loss,
     feynman_kac,
     flow_sde,
     geneval,
@@ -17,6 +18,8 @@ def run(case: Case) -> list[Comparison] | None:
     """Run a case, or return None."""
     if case.name.startswith("geneval"):
         return geneval.run(case)
+    if case.name.startswith("d2d_loss"):
+        return d2d_loss.run(case)
     if case.name.startswith("fk_"):
         return feynman_kac.run(case)
     if case.name.startswith("neighbours"):
