@@ -25,7 +25,45 @@ _RENAMED = (
 _UNUSED = ("pooler.", "embeddings.position_ids")
 
 
-class BertLayer(nn.Module):
+class BertAttention(nn.Module):
+    """x = LN(x + attention(x, context)).
+
+    Args:
+        hidden_size: width D.
+        num_heads: attention heads.
+        eps: of the norm.
+        context_size: width of the context; None: D.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, eps: float, context_size: int | None = None
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.k = nn.Linear(context_size or hidden_size, hidden_size)
+        self.v = nn.Linear(context_size or hidden_size, hidden_size)
+        self.out = nn.Linear(hidden_size, hidden_size)
+        self.norm_1 = nn.LayerNorm(hidden_size, eps=eps)
+
+    def attend(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Let tokens ``(B, N, D)`` look at a context.
+
+        Args:
+            x: the tokens.
+            context: ``(B, M, context_size)``; the tokens themselves in self-attention.
+            mask: bool ``(B, M)``, true for places that count; None counts all.
+        """
+        q, k, v = (
+            each(of).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, N, d)
+            for each, of in ((self.q, x), (self.k, context), (self.v, context))
+        )
+        seen = None if mask is None else mask[:, None, None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return self.norm_1(x + self.out(y.transpose(1, 2).flatten(2)))
+
+
+class BertLayer(BertAttention):
     """x = LN(x + attention(x)); x = LN(x + mlp(x)).
 
     Args:
@@ -36,25 +74,17 @@ class BertLayer(nn.Module):
     """
 
     def __init__(self, hidden_size: int, num_heads: int, inner_size: int, eps: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(hidden_size, hidden_size)
-        self.k = nn.Linear(hidden_size, hidden_size)
-        self.v = nn.Linear(hidden_size, hidden_size)
-        self.out = nn.Linear(hidden_size, hidden_size)
-        self.norm_1 = nn.LayerNorm(hidden_size, eps=eps)
+        super().__init__(hidden_size, num_heads, eps)
         self.up = nn.Linear(hidden_size, inner_size)
         self.down = nn.Linear(inner_size, hidden_size)
         self.norm_2 = nn.LayerNorm(hidden_size, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Advance tokens ``(B, N, D)``."""
-        q, k, v = (
-            each(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, N, d)
-            for each in (self.q, self.k, self.v)
-        )
-        y = F.scaled_dot_product_attention(q, k, v)
-        x = self.norm_1(x + self.out(y.transpose(1, 2).flatten(2)))
+        return self.feed(self.attend(x, x))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """Apply the feed-forward part."""
         return self.norm_2(x + self.down(F.gelu(self.up(x))))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +95,7 @@ class Aesthetic(LearnedReward):
         need_transformers(self)
         path = find_file(self.weights, _WHAT)
         # the whole model, which knows its widths; the text tower is given up
-        clip = load_model(self.folder, "CLIPModel", "float32")
+        clip: Any = load_model(self.folder, "CLIPModel", "float32")
         head = load_head(path, clip.config.projection_dim)
         parts = {name: clip.get_submodule(name) for name in ("vision_model", "visual_projection")}
         return nn.ModuleDict({**parts, "head": head})

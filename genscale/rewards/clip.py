@@ -224,7 +224,8 @@ class PickScore(CLIPFolderReward):
 
     def value_of(self, cosine: Tensor) -> Tensor:
         """Return exp(logit_scale) cos."""
-        return self.network.logit_scale.float().exp() * cosine
+        scale: Tensor = self.network.logit_scale
+        return scale.float().exp() * cosine
 
     def loss_of(self, cosine: Tensor) -> Tensor:
         """Return 30 - exp(logit_scale) cos."""
