@@ -36,7 +36,8 @@ class RewardOutput:
     Attributes:
         value: ``(B,)`` float32, higher is better.
         parts: what the value is made of, by name, ``(B,)`` each; rewards that are no function of
-            a single picture order candidates by them, see :meth:`Reward.compare`.
+            a single picture order candidates by them, see :meth:`Reward.compare`. ``met``, 1 where
+            nothing is left to ask for, ends optimisations.
         valid: ``(B,)`` bool; false where the reward could not judge. None: all are valid.
     """
 

@@ -20,7 +20,7 @@ OptimiserName = Literal["sgd", "adam", "lbfgs"]
 Penalty = Callable[[Noises, int], Tensor]
 """Noises and number of the iteration -> ``(n,)`` to be added to the loss."""
 
-SATISFIED = "satisfied"  # the part of a reward that says, by 1, that there is nothing left to ask
+MET = "met"  # the part of a reward that says, by 1, that there is nothing left to ask for
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Descent:
         rate: learning rate.
         clip: the most that a particle's gradient may measure, or None; not of ``lbfgs``, which
             reads curvature from it.
-        patience: a prompt ends when its reward was satisfied so many times in a row.
+        patience: a prompt ends when its reward said :data:`MET` so many times in a row.
         epsilon: of ``adam``.
         decay: of ``adam``: what a step takes from the parameters, in rates.
 
@@ -121,7 +121,7 @@ class Descent:
                 gradient = torch.zeros_like(parameters)
                 gradient[rows.to(gradient.device)] = judged.gradient
                 sound[rows] = judged.loss.isfinite() & judged.gradient.isfinite().all(1).cpu()
-                streak[rows] = (streak[rows] + 1) * _satisfied(judged)
+                streak[rows] = (streak[rows] + 1) * _met(judged)
                 parameters = update(losses[:, turn], gradient)
                 rows = rows[(streak[rows] < self.patience) & sound[rows]]
                 if len(rows) == 0:
@@ -214,7 +214,7 @@ def clip_rows(gradient: Tensor, most: float) -> Tensor:
     return gradient * (most / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=1.0)
 
 
-def _satisfied(judged: Judged) -> Tensor:
+def _met(judged: Judged) -> Tensor:
     """Return ``(n,)`` int64: 1 where the reward has nothing left to ask for."""
-    part = judged.scores.parts.get(SATISFIED)
+    part = judged.scores.parts.get(MET)
     return torch.zeros(len(judged.loss), dtype=torch.int64) if part is None else (part > 0).long()

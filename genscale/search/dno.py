@@ -35,7 +35,7 @@ class DirectNoiseOptimisation(Search):
         shuffles: its permutations an iteration.
         last_steps: only the noises of so many last steps are optimised; what comes before them is
             computed once. None: all, and the start noise.
-        patience: satisfied samples in a row that end a prompt.
+        patience: samples in a row that meet the request, and so end a prompt.
         checkpoint: see :class:`~genscale.search.gradient.Trajectory`.
 
     Raises:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from genscale.conditioning.base import Conditioning
 from genscale.objectives.base import Denoiser, Level, Prediction, on
 from genscale.samplers.base import Sampler, State
+from genscale.samplers.diffusers_bridge import DiffusersSampler
 from genscale.search.cost import BACKWARD, state_bytes
 from genscale.search.engine import Engine
 from genscale.search.frozen import frozen
@@ -251,10 +252,19 @@ def gradient_problems(name: str, sampler: Sampler) -> list[str]:
         name: of the search.
         sampler: of a diffusion model.
     """
-    if not sampler.nfe_is_bound:
-        return []
-    return [
-        f"search {name} goes back through every step, but sampler {sampler.label} chooses its "
-        "steps on the way, sample by sample. Use one of fixed steps, sampler=euler or "
-        "sampler=heun, say."
-    ]
+    if sampler.nfe_is_bound:
+        return [
+            f"search {name} goes back through every step, but sampler {sampler.label} chooses its "
+            "steps on the way, sample by sample. Use one of fixed steps, sampler=euler or "
+            "sampler=heun, say."
+        ]
+    if isinstance(sampler, DiffusersSampler) and sampler.scheduler in _INEXACT:
+        return [
+            f"search {name} goes back through every step, but the gradients of {sampler.scheduler}"
+            ", which divides by an alpha of almost 0, are noise. Use sampler=dpm_multistep, say."
+        ]
+    return []
+
+
+# x / 1e-8 at pure noise: what cancels on the way there does not on the way back
+_INEXACT = frozenset({"IPNDMScheduler"})

@@ -26,8 +26,8 @@ class NoiseOptimisation(Search):
     The loss is the reward's plus ``regulariser`` times
     :func:`~genscale.search.noise_regularisers.norm_penalty`. All prompts are optimised in one
     batch, but each has its own clip, its own best sample and its own end; a prompt ends when its
-    reward has said :data:`~genscale.search.descent.SATISFIED` often enough. The first sample is
-    the plain one, and the best by reward is returned. Meant for samplers of a few steps.
+    reward has called its request met often enough (the part ``met``). The first sample is the
+    plain one, and the best by reward is returned. Meant for samplers of a few steps.
 
     Args:
         iterations: gradient steps, one sample more; None takes as many as the budget allows.
@@ -40,7 +40,7 @@ class NoiseOptimisation(Search):
             (D2D, arXiv:2510.19278; :class:`~genscale.search.noise_modifier.NoiseModifier`), with
             ``adam`` and a rate of 1e-3, say.
         width: channels of the modifier.
-        patience: satisfied samples in a row that end a prompt.
+        patience: samples in a row that meet the request, and so end a prompt.
         checkpoint: see :class:`~genscale.search.gradient.Trajectory`; off is faster where
             activations of all steps fit into memory.
         network_steps: see there.
