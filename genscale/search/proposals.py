@@ -151,3 +151,45 @@ def afforded(
             f"given. Give {setting}=8 or budget.reward_calls=..., say."
         )
     return int(min(times))
+
+
+def ways_afforded(
+    engine: Engine, asked: int | None, random: Tensor, *, particles: int = 1, setting: str
+) -> int:
+    """Return in how many ways the budget allows every particle to take its steps; at least one.
+
+    Args:
+        engine: what is left, the particles' first evaluations being spent.
+        asked: the most; None takes all there is.
+        random: ``(S,)`` bool, of :func:`random_steps`: others are taken in one way.
+        particles: a prompt.
+        setting: where ``asked`` comes from.
+
+    Raises:
+        ConfigError: neither a number nor a limit.
+    """
+    prices = StepPrices.of(engine)
+    beside = float(prices.kept.sum() + prices.proposal[~random].sum())
+    judged_at_the_end = not bool(random[-1])
+    ways = afforded(
+        engine,
+        asked,
+        each=(particles * float(prices.proposal[random].sum()), particles * float(random.sum())),
+        fixed=(particles * beside, float(particles * judged_at_the_end)),
+        setting=setting,
+    )
+    return max(1, ways)
+
+
+def check_end(engine: Engine, asked: int | None, setting: str) -> None:
+    """Refuse a search that nothing would end.
+
+    Raises:
+        ConfigError: neither a number nor a budget.
+    """
+    budget = engine.budget
+    if asked is None and (budget.nfe, budget.reward_calls, budget.seconds) == (None, None, None):
+        raise ConfigError(
+            f"The search has no end: neither {setting} nor a budget was given. Give {setting}=8 "
+            "or budget.nfe=..., say."
+        )
