@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -69,6 +69,8 @@ class TTSVAR(Search):
     Raises:
         ConfigError: an impossible setting.
     """
+
+    grows: ClassVar[str | None] = "samples"
 
     def __init__(
         self,
