@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -44,11 +44,13 @@ class ZeroOrder(Search):
         ConfigError: numbers out of range.
     """
 
+    grows: ClassVar[str | None] = "rounds"
+
     def __init__(
         self,
         neighbours: int = 4,
         *,
-        rounds: int | None = None,
+        rounds: int | None = 8,
         cosine: float = 0.95,
         accept: Accept = "always",
     ) -> None:

@@ -131,7 +131,7 @@ class TestPivots:
 def test_prompts_that_begin_again_do_not_disturb_the_others(engines: Any) -> None:
     def search(prompts: int) -> Any:
         engine = engines(prompts=prompts, sampler=Euler(4), budget=Budget(nfe=4 * 17))
-        return ZeroOrder(3, accept="improve").run(engine)
+        return ZeroOrder(3, rounds=None, accept="improve").run(engine)
 
     many, one = search(5), search(1)
     torch.testing.assert_close(many.latents[:1], one.latents)
@@ -161,7 +161,7 @@ class TestRefusals:
             ZeroOrder(rounds=1).run(world.engine(sampler=sampler))
 
     def test_numbers_out_of_range(self) -> None:
-        with pytest.raises(ConfigError, match=r"must be at least 1, but are 0 and None"):
+        with pytest.raises(ConfigError, match=r"must be at least 1, but are 0 and 8"):
             ZeroOrder(0)
         with pytest.raises(ConfigError, match=r"search.cosine must lie in \[0, 1\), but is 1"):
             ZeroOrder(cosine=1.0)
@@ -170,4 +170,4 @@ class TestRefusals:
 
     def test_no_end(self, engines: Any) -> None:
         with pytest.raises(ConfigError, match=r"neither search.rounds nor a budget was given"):
-            ZeroOrder().run(engines(sampler=Euler(4)))
+            ZeroOrder(rounds=None).run(engines(sampler=Euler(4)))
