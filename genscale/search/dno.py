@@ -33,8 +33,8 @@ class DirectNoiseOptimisation(Search):
         regulariser: weight of the penalty.
         block: elements of its blocks.
         shuffles: its permutations an iteration.
-        last_steps: only the noises of so many last steps are optimised; what comes before them is
-            computed once. None: all, and the start noise.
+        last_steps: only the noises of so many last steps are optimised, of which the very last
+            draws none; what comes before them is computed once. None: all, and the start noise.
         patience: samples in a row that meet the request, and so end a prompt.
         checkpoint: see :class:`~genscale.search.gradient.Trajectory`.
 
@@ -63,7 +63,7 @@ class DirectNoiseOptimisation(Search):
             ("regulariser", regulariser, 0),
             ("block", block, 1),
             ("shuffles", shuffles, 0),
-            ("last_steps", last_steps, 1),
+            ("last_steps", last_steps, 2),
         ):
             if value is not None and not least <= value < float("inf"):
                 raise ConfigError(

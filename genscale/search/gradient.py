@@ -168,6 +168,7 @@ class Trajectory:
 
         Raises:
             BudgetSpent: the budget does not allow it; asked before anything is computed.
+            ValueError: a loss without gradients.
         """
         engine, count = self.engine, len(base)
         engine.allow(base.group, nfe=self.price(base, gradient=gradient), judged=True)
@@ -196,6 +197,12 @@ class Trajectory:
         latents = engine.sampler.finish(end)
         images = engine.scorer.decode(latents).float()
         scores, loss = engine.scorer.score_with_loss(latents, images, base.group)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                f"No gradient reaches the noise from reward {engine.scorer.reward.label}, although "
+                "it calls itself differentiable. Look for a no_grad or a detach in its loss, or in "
+                "the decoder."
+            )
         loss = loss.double()
         if penalty is not None:
             loss = loss + penalty(noises).to(loss)

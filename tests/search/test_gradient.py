@@ -257,6 +257,12 @@ def test_a_start_noise_for_particles_that_go_on(engines: Any) -> None:
         Trajectory(engine).judge(base, torch.ones(2, 4), from_start)
 
 
+def test_a_loss_without_gradients_is_told(engines: Any) -> None:
+    engine = engines(decode=torch.no_grad()(squash))
+    with pytest.raises(ValueError, match="No gradient reaches the noise from reward Brightness"):
+        judged(engine)
+
+
 class TestFrozen:
     def test_weights_learn_nothing_and_are_set_back(self) -> None:
         first, second = nn.Linear(2, 2), nn.Linear(2, 2)
