@@ -64,7 +64,8 @@ class VisionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Advance tokens ``(B, N, D)``."""
         x = x + self.attn(self.norm_1(x))
-        return x + self.mlp(self.norm_2(x))
+        y: Tensor = self.mlp(self.norm_2(x))
+        return x + y
 
 
 class VisionEncoder(nn.Module):
@@ -91,7 +92,8 @@ class VisionEncoder(nn.Module):
         x = x + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        normed: Tensor = self.norm(x)
+        return normed
 
 
 class GroundedLayer(BertLayer):
@@ -107,10 +109,18 @@ class GroundedLayer(BertLayer):
         super().__init__(hidden_size, num_heads, 4 * hidden_size, 1e-12)
         self.cross = BertAttention(hidden_size, num_heads, 1e-12, context_size)
 
-    def look(self, x: Tensor, picture: Tensor, mask: Tensor) -> Tensor:
-        """Advance tokens ``(B, N, D)`` of texts in sight of pictures ``(B, M, context_size)``."""
+    def forward(
+        self, x: Tensor, picture: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Advance tokens ``(B, N, D)`` of texts.
+
+        Args:
+            x: the tokens.
+            picture: tokens ``(B, M, context_size)`` of the pictures in sight; None: none is.
+            mask: ``(B, N)`` bool, false for padding.
+        """
         x = self.attend(x, x, mask)
-        return self.feed(self.cross.attend(x, picture))
+        return self.feed(x if picture is None else self.cross.attend(x, picture))
 
 
 class GroundedText(nn.Module):
@@ -142,9 +152,9 @@ class GroundedText(nn.Module):
             ``(B, N, D)``.
         """
         places = torch.arange(ids.shape[1], device=ids.device)
-        x = self.norm(self.words(ids) + self.positions(places))
+        x: Tensor = self.norm(self.words(ids) + self.positions(places))
         for layer in self.layers:
-            x = layer.look(x, picture, mask)
+            x = layer(x, picture, mask)
         return x
 
 
@@ -162,7 +172,8 @@ class BLIP(nn.Module):
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Return the state ``(B, D)`` of each text's first token in sight of its picture."""
-        return self.text(ids, mask, self.vision(pixels))[:, 0]
+        states: Tensor = self.text(ids, mask, self.vision(pixels))
+        return states[:, 0]
 
 
 def from_blip(state: dict[str, Tensor]) -> dict[str, Tensor]:

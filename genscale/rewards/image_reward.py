@@ -149,8 +149,7 @@ class ImageReward(LearnedReward):
     def _tokenizer(self) -> Any:
         if self._words is None:
             require("tokenizers", what="reward ImageReward", extra="text")
-            from tokenizers import Tokenizer
-            from tokenizers.implementations import BertWordPieceTokenizer
+            from tokenizers import BertWordPieceTokenizer, Tokenizer
 
             path = self._vocabulary_file()
             try:

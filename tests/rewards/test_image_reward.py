@@ -125,7 +125,7 @@ class TestNetwork:
         theirs.linear2.load_state_dict(ours.down.state_dict())
         mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
         expected = theirs(x, picture, tgt_key_padding_mask=~mask)
-        torch.testing.assert_close(ours.look(x, picture, mask), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours(x, picture, mask), expected, rtol=0, atol=1e-5)
 
     def test_a_block_of_the_vit_is_torchs_encoder_layer(self) -> None:
         with torch.random.fork_rng(devices=[]):
