@@ -27,11 +27,11 @@ TEMPERATURE = 0.1  # of colours, in squared distances of linear RGB: orange is 0
 SIZES = tuple(range(8, 17))  # pixels a side of the templates; objects have 8 to 16
 SHIFTS = (0.0, 0.5)  # of a pixel, along each axis
 STEEPNESS = 40.0  # nats a unit of misfit
-NOTHING = 0.35  # misfit at which nothing is as likely as an object; objects stay below 0.21
+NOTHING = 0.3  # misfit at which nothing is as likely as an object; objects stay below 0.21
 NEIGHBOURS = 4  # pixels around, in which other shapes compete; objects lie 10 apart or more
 _WINDOW = 20  # pixels a side of a template
 _RANK = 40  # of the templates' common basis: convolutions in place of 180
-_BORDER = 1.0  # pixel around a template that must be empty: objects keep a gap of two
+_BORDER = 1.5  # pixels around a template that must be empty: objects keep a gap of two
 _ANY_COLOUR, _ANY_SHAPE = len(COLOURS), len(SHAPES)
 
 
@@ -50,8 +50,8 @@ class SceneDetector(Detector):
         z_s = -g e_s - log(exp(-g e_nothing) + sum over other shapes s' of exp(-g min e_s')),
 
     where other shapes compete over a neighbourhood: a circle seen from beside looks like a square.
-    The class of a shape in any colour works on the sum of the masks, and that of any object on
-    the odds of any shape. Pictures are averaged or interpolated to 32 pixels first.
+    The class of a shape in any colour works on the sum of the masks, and the odds of any object are
+    the sum of those of the shapes. Pictures are averaged or interpolated to 32 pixels first.
     """
 
     threshold = 0.5
@@ -145,35 +145,29 @@ class _Templates:
 
     Attributes:
         basis: ``(r, 1, w, w)`` what they are combinations of.
-        weights: ``(5 s p p, r)`` the combinations, p shifts down and p across.
-        energy: ``(5, s, p, p, 1, 1)`` sum of squares of each.
+        weights: ``(5 s p p, r)`` the combinations, p shifts down and p across, times -2 over the
+            template's sum of squares.
+        inverse: ``(5, s, p, p, 1, 1)`` one over that sum.
         span: ``(s, p, 33, 32)`` which pixels of an axis a box of each size and shift covers, with
             its border, seen from every corner of pixels.
     """
 
     basis: Tensor
     weights: Tensor
-    energy: Tensor
+    inverse: Tensor
     span: Tensor
 
 
 @cache
 def _templates(device: torch.device) -> _Templates:
-    kinds = itertools.product(SHAPES, SIZES, SHIFTS, SHIFTS)
-    coverage = []
     begin = (SIDE - _WINDOW) // 2
     inner = slice(begin, begin + _WINDOW)
-    for shape, size, down, across in kinds:
+    covered = []
+    for shape, size, down, across in itertools.product(SHAPES, SIZES, SHIFTS, SHIFTS):
         x, y = ((SIDE / 2 + shift) / SIDE for shift in (across, down))
         drawn = render(Scene("black", (SceneObject(shape, "white", x, y, size / SIDE),)), SIDE)
-        coverage.append(torch.from_numpy(drawn[0, inner, inner]).float() / 255.0)
-    share = torch.stack(coverage)[:, None]  # (180, 1, w, w)
-    masks = [
-        colour_masks(share * _level(colour) + (1.0 - share) * _level(ground))[:, number]
-        for number, colour in enumerate(COLOURS.values())
-        for ground in BACKGROUNDS.values()
-    ]
-    mean = torch.stack(masks).mean(0).flatten(1).double()
+        covered.append(torch.from_numpy(drawn[0, inner, inner]).long())
+    mean = _mean_mask()[torch.stack(covered)].flatten(1).double()
     basis = torch.linalg.svd(mean, full_matrices=False).Vh[:_RANK]
     weights = mean @ basis.T
     energy = (weights @ basis).square().sum(1)
@@ -185,14 +179,25 @@ def _templates(device: torch.device) -> _Templates:
     layout = (len(SHAPES), len(SIZES), len(SHIFTS), len(SHIFTS), 1, 1)
     return _Templates(
         basis.float().view(-1, 1, _WINDOW, _WINDOW).to(device),
-        weights.float().to(device),
-        energy.float().view(layout).to(device),
+        (-2.0 * weights / energy[:, None]).float().to(device),
+        energy.reciprocal().float().view(layout).to(device),
         torch.stack([torch.stack(each) for each in span]).to(device),
     )
 
 
-def _level(colour: tuple[int, int, int]) -> Tensor:
-    return torch.tensor(colour, dtype=torch.float32)[:, None, None] / 255.0
+def _mean_mask() -> Tensor:
+    """Return what a colour's mask is of a pixel covered by 0 to 255 parts, ``(256,)``, on average.
+
+    The average is over the colours of the object and of the ground.
+    """
+    share = torch.arange(256.0) / 255.0
+    masks = []
+    for number, colour in enumerate(COLOURS.values()):
+        for ground in BACKGROUNDS.values():
+            ends = torch.tensor([ground, colour], dtype=torch.float32).T[..., None] / 255.0
+            mixed = ends[:, 0] + share * (ends[:, 1] - ends[:, 0])  # (3, 256)
+            masks.append(colour_masks(mixed[None, :, None])[0, number, 0])
+    return torch.stack(masks).mean(0)
 
 
 def _misfits(masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,25 +212,27 @@ def _misfits(masks: Tensor) -> tuple[Tensor, Tensor]:
     bank = _templates(masks.device)
     parts = F.conv2d(masks[:, None], bank.basis, padding=_WINDOW // 2)
     match = torch.einsum("tr,nrij->ntij", bank.weights, parts)
-    match = match.reshape(len(masks), *bank.energy.shape[:4], *match.shape[2:])
+    match = match.reshape(len(masks), *bank.inverse.shape[:4], *match.shape[2:])
     inside = torch.einsum("sdih,nhw->nsdiw", bank.span, masks.square())
     inside = torch.einsum("nsdiw,sajw->nsdaij", inside, bank.span)
-    misfit = (inside[:, None] - 2.0 * match) / bank.energy + 1.0
+    misfit = torch.addcmul(match, inside[:, None], bank.inverse)  # less one
     smallest, which = misfit.flatten(2, 4).min(2)
-    return smallest, which
+    return smallest + 1.0, which
 
 
 def _log_odds(misfit: Tensor) -> Tensor:
     """Return the log-odds of each shape and of any ``(n, 6, 33, 33)``; see the class."""
     own = -STEEPNESS * misfit
-    near = F.max_pool2d(own, 2 * NEIGHBOURS + 1, stride=1, padding=NEIGHBOURS)
+    reach = 2 * NEIGHBOURS + 1
+    near = F.max_pool2d(own, (reach, 1), stride=1, padding=(NEIGHBOURS, 0))
+    near = F.max_pool2d(near, (1, reach), stride=1, padding=(0, NEIGHBOURS))
     nothing = torch.full_like(own[:, :1], -STEEPNESS * NOTHING)
     others = [
         torch.cat((near[:, :s], near[:, s + 1 :], nothing), 1).logsumexp(1)
         for s in range(len(SHAPES))
     ]
-    something = own.logsumexp(1, keepdim=True) - nothing
-    return torch.cat((own - torch.stack(others, 1), something), 1)
+    odds = own - torch.stack(others, 1)
+    return torch.cat((odds, odds.logsumexp(1, keepdim=True)), 1)
 
 
 def _boxes(template: Tensor) -> Tensor:
