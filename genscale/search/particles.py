@@ -160,14 +160,18 @@ class FeynmanKac(Search):
         return found
 
     def checkpoints(self, num_steps: int) -> list[int]:
-        """Return the steps before which particles are judged, of a sampler's ``num_steps``."""
+        """Return the steps before which particles are judged, of a sampler's ``num_steps``.
+
+        Not before the last one by itself: there the estimate is as good as the sample, and copies
+        have no noise left to part by.
+        """
         if self.potential == "is":
             return []
         if self.steps is not None:
             return list(self.steps)
         every = max(1, num_steps // 10) if self.interval is None else self.interval
         low, high = (share * num_steps for share in self.window)
-        return [i for i in range(every, num_steps, every) if low <= i <= high]
+        return [i for i in range(every, num_steps - 1, every) if low <= i <= high]
 
     def explore(self, engine: Engine) -> dict[str, Tensor]:
         """Sample with all particles side by side, from checkpoint to checkpoint."""

@@ -133,9 +133,10 @@ class Population:
         count = self.log_weights.shape[1]
         ess = effective_size(self.log_weights)
         chosen = self._forced | (ess < self.threshold * count * (1.0 - _SLACK))
-        own = torch.arange(count).expand_as(self.log_weights)
-        drawn = resample(normalise(self.log_weights), uniforms, self.scheme)
-        ancestors = torch.where(chosen[:, None], drawn, own)
+        ancestors = torch.arange(count).repeat(len(ess), 1)
+        if bool(chosen.any()):
+            weights = normalise(self.log_weights[chosen])
+            ancestors[chosen] = resample(weights, uniforms[chosen], self.scheme)
         self._note(ancestors, ess)
         self.log_weights = torch.where(chosen[:, None], 0.0, self.log_weights)
         self._payments.select(ancestors)

@@ -16,6 +16,7 @@ from genscale.search.base import Search
 from genscale.search.best_of_n import samples_afforded
 from genscale.search.cost import BACKWARD
 from genscale.search.engine import Engine
+from genscale.search.frozen import frozen
 from genscale.search.particles import Returns, check_population, conclude, select
 from genscale.search.population import Population
 from genscale.search.resampling import Scheme
@@ -132,19 +133,24 @@ class TwistedSMC(Search):
         engine.record("start", state)
         if self.strength == 0.0:
             return conclude(engine, engine.run(state), population, self.returns)
-        num_steps = engine.sampler.num_steps
-        for step in range(num_steps):
-            state, scores, slopes = reward_slopes(engine, state)
-            population.weigh(scores.value.view(-1, count), step / num_steps)
-            state, rows = select(engine, state, population, scores.value)
-            share = population.share
-            if self.tempering in ("geometric", "linear"):
-                following = scheduled(self.tempering, (step + 1) / num_steps, self.gamma)
-                share = torch.full_like(share, following)
-            pull = on((self.strength * share)[state.group], slopes)
-            state, log_ratio = pulled(engine, state, pull * slopes[rows.to(slopes.device)])
-            population.add(log_ratio.view(-1, count))
+        with frozen(engine.model, engine.scorer.decode, engine.scorer.reward):
+            for step in range(engine.sampler.num_steps):
+                state = self._step(engine, state, population, step)
         return conclude(engine, state, population, self.returns)
+
+    def _step(self, engine: Engine, state: State, population: Population, step: int) -> State:
+        num_steps, shape = engine.sampler.num_steps, population.log_weights.shape
+        state, scores, slopes = reward_slopes(engine, state)
+        population.weigh(scores.value.view(shape), step / num_steps)
+        state, rows = select(engine, state, population, scores.value)
+        share = population.share
+        if self.tempering in ("geometric", "linear"):  # that of the level the step goes to
+            following = scheduled(self.tempering, (step + 1) / num_steps, self.gamma)
+            share = torch.full_like(share, following)
+        pull = on((self.strength * share)[state.group], slopes)
+        state, log_ratio = pulled(engine, state, pull * slopes[rows.to(slopes.device)])
+        population.add(log_ratio.view(shape))
+        return state
 
 
 def pulled(engine: Engine, state: State, push: Tensor) -> tuple[State, Tensor]:
@@ -195,8 +201,8 @@ def reward_slopes(engine: Engine, state: State) -> tuple[State, Scores, Tensor]:
 
     def work(rows: Tensor) -> tuple[State, Scores, Tensor]:
         part = state.select(rows)
-        x = part.x.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            x = part.x.detach().clone().requires_grad_()
             after = engine.sampler.evaluate(engine.model, part.replace(x=x))
             assert after.clean is not None
             images = engine.scorer.decode(after.clean).float()
@@ -216,7 +222,7 @@ def reward_slopes(engine: Engine, state: State) -> tuple[State, Scores, Tensor]:
         finite = on(slope.flatten(1).isfinite().all(1), slope) > 0
         return after, scores, torch.where(finite, slope, 0.0)
 
-    parts = engine.each(len(state), "network", work)
+    parts = engine.each(len(state), "gradient", work)
     states, scores, slopes = zip(*parts, strict=True)
     state, found = State.cat(list(states)), Scores.cat(scores)
     engine.offer(state, found, finished=False)
