@@ -25,10 +25,12 @@ TEMPLATE = (
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endfor %} answer"
 )
-VOCABULARY = """<pad> <unk> <s> </s> <image> yes Yes no No red blue circle two a A picture pictures was
-    were made for this description : This is the second first better than good Is it ? Judge by how
-    well shows what described , its composition and quality . Answer with or answer Think step about
-    you see Then Final ( ) Two"""
+VOCABULARY = """
+<pad> <unk> <s> </s> <image> yes Yes no No red blue circle two a A picture pictures was
+were made for this description : This is the second first better than good Is it ? Judge
+by how well shows what described , its composition and quality . Answer with or answer
+Think step about you see Then Final ( ) Two
+"""
 WORDS = VOCABULARY.split()
 
 
