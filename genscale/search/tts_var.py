@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -127,6 +127,7 @@ class TTSVAR(Search):
     def problems(self, sampler: Sampler, reward: Reward | None = None) -> list[str]:
         """Return a sentence for everything that keeps this search from this sampler and reward."""
         found = super().problems(sampler, reward)
+        found = found or self._misfit(sampler)
         if found:
             return found
         if self._clusters(sampler):
@@ -167,31 +168,46 @@ class TTSVAR(Search):
             ConfigError: scales or numbers that do not fit the model, or neither a number of
                 samples nor a budget.
         """
-        steps = engine.sampler.num_steps
-        if engine.sampler.family == "scale_wise":
-            sides = [height for height, _ in engine.model.scales]
+        whole = self._whole(engine.sampler, engine.model)
+        if self.samples is None and (engine.budget.nfe, engine.budget.reward_calls) == (None, None):
+            raise ConfigError(
+                "The search has no end: neither search.samples nor a budget of evaluations or "
+                "rewards was given. Give search.samples=1 or budget.nfe=..., say."
+            )
+        return self._within_budget(whole, engine)
+
+    def _whole(self, sampler: Sampler, model: Any) -> CandidateSchedule:
+        """Return the schedule that no budget cuts down; samples are counted later."""
+        steps = sampler.num_steps
+        resolutions = [(step + 1) / steps for step in range(steps)]
+        if sampler.family == "scale_wise" and model is not None:
+            sides = [height for height, _ in model.scales]
             resolutions = [side / sides[-1] for side in sides]
-        else:
-            resolutions = [(step + 1) / steps for step in range(steps)]
         if self.resample_scales is None:
             resampled = published_resampling(resolutions)
         else:
             resampled = steps_of(self.resample_scales, resolutions, "resample_scales")
         if self.cluster_scales is not None:
             clusters = steps_of(self.cluster_scales, resolutions, "cluster_scales")
-        elif self._clusters(engine.sampler):
+        elif self._clusters(sampler):
             clusters = published_clusters(resolutions, resampled)
         else:
             clusters = ()
-        whole = shaped(clusters, resampled, self.batch_schedule, steps)
-        if self.samples is None and engine.budget.nfe is None and (
-            engine.budget.reward_calls is None
-        ):  # fmt: skip
-            raise ConfigError(
-                "The search has no end: neither its number of samples nor a budget of evaluations "
-                "or rewards was given. Give search.samples=1 or budget.nfe=..., say."
-            )
-        return self._within_budget(whole, engine)
+        return shaped(clusters, resampled, self.batch_schedule, steps)
+
+    def _misfit(self, sampler: Sampler) -> list[str]:
+        """Return why the schedule does not fit, as far as the sampler alone can tell.
+
+        It knows no resolutions of scales; what depends on them is told when the search begins.
+        """
+        given = (self.cluster_scales, self.resample_scales)
+        told = all(each is not None and all(isinstance(k, int) for k in each) for each in given)
+        if sampler.family == "diffusion" or told:
+            try:
+                self._whole(sampler, None)
+            except ConfigError as error:
+                return [str(error)]
+        return []
 
     def _within_budget(self, whole: CandidateSchedule, engine: Engine) -> CandidateSchedule:
         """Return the largest schedule of a shape that every prompt can pay."""

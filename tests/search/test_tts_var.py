@@ -374,6 +374,17 @@ class TestProblems:
         assert search.problems(tokens.sampler) == ["No weights for 'stripes'."]
         assert TTSVAR(features=Stripes(), cluster_scales=[]).problems(tokens.sampler) == []
 
+    def test_scales_that_the_model_does_not_have(self, engines: Any) -> None:
+        scales = {"cluster_scales": [1], "resample_scales": [9]}
+        (sentence,) = TTSVAR(**scales).problems(world("var").sampler)  # type: ignore[arg-type]
+        assert "search.resample_scales must name steps 0 to 2 of the model's 4" in sentence
+        (sentence,) = TTSVAR([4, 2, 1]).problems(engines().sampler)
+        assert "search.batch_schedule must have 2 numbers" in sentence
+        fractions = TTSVAR([4, 1], resample_scales=[0.5], cluster_scales=[0.5])
+        assert fractions.problems(world("var").sampler) == []  # it does not know resolutions
+        with pytest.raises(ConfigError, match="step 1 is in both"):
+            fractions.run(world("var").engine())
+
     def test_impossible_settings(self) -> None:
         with pytest.raises(ConfigError, match=r"search.samples must be at least 1, but is 0"):
             TTSVAR(samples=0)
