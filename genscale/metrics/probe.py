@@ -13,8 +13,8 @@ from torch import Tensor
 
 from genscale.errors import ConfigError, DataError
 from genscale.metrics.features import FeatureNetwork, check_images
+from genscale.metrics.keyed_training import Weights, keyed_weights, train_classifier
 from genscale.metrics.subsets import stratified_rows
-from genscale.rng import Purpose, key, normal, permutation
 
 _CHANNELS = (16, 32)
 
@@ -143,25 +143,20 @@ class Probe(FeatureNetwork):
     def _train(self, pixels: Tensor, labels: Tensor) -> None:
         classes, targets = labels.unique(return_inverse=True)
         weights = self._initial_weights(tuple(pixels.shape[1:]), len(classes))
-        optimizer = torch.optim.AdamW(
-            weights.values(), lr=self.learning_rate, weight_decay=0.01, foreach=False
-        )
-        count, size = len(pixels), min(self.batch_size, len(pixels))
-        batches_an_epoch = count // size
-        order = torch.arange(count)
-        for step in range(self.num_steps):
-            epoch, batch = divmod(step, batches_an_epoch)
-            if batch == 0:
-                order = permutation(key(self.seed, epoch, Purpose.SHUFFLE), count)
-            rows = order[batch * size : (batch + 1) * size]
-            rate = 0.5 * (1.0 + math.cos(math.pi * step / self.num_steps))
-            optimizer.param_groups[0]["lr"] = self.learning_rate * rate
+
+        def logits(weights: Weights, rows: Tensor, _: int) -> Tensor:
             hidden = _hidden(weights, pixels[rows])
-            logits = F.linear(F.relu(hidden), weights["output"], weights["output_bias"])
-            optimizer.zero_grad()
-            F.cross_entropy(logits, targets[rows]).backward()
-            optimizer.step()
-        self._weights = {name: value.detach() for name, value in weights.items()}
+            return F.linear(F.relu(hidden), weights["output"], weights["output_bias"])
+
+        self._weights = train_classifier(
+            weights,
+            logits,
+            targets,
+            num_steps=self.num_steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+        )
 
     @torch.no_grad()
     def _normalise(self, pixels: Tensor) -> None:
@@ -173,7 +168,7 @@ class Probe(FeatureNetwork):
         del self._weights["output"], self._weights["output_bias"]
 
     def _initial_weights(self, shape: tuple[int, ...], num_classes: int) -> dict[str, Tensor]:
-        """Draw keyed normal weights of variance 2 / fan-in (arXiv:1502.01852), zero biases."""
+        """Return the weights at the start."""
         channels, height, width = shape
         first, second = _CHANNELS
         # each convolution halves a side, rounded up
@@ -184,12 +179,7 @@ class Probe(FeatureNetwork):
             "hidden": (self.num_features, flat),
             "output": (num_classes, self.num_features),
         }
-        weights = {}
-        for number, (name, each) in enumerate(shapes.items()):
-            drawn = normal(key(self.seed, number, Purpose.NETWORK), each, dtype=torch.float64)
-            weights[name] = drawn * math.sqrt(2.0 / math.prod(each[1:]))
-            weights[f"{name}_bias"] = torch.zeros(each[0], dtype=torch.float64)
-        return {name: value.requires_grad_() for name, value in weights.items()}
+        return keyed_weights(shapes, self.seed)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
