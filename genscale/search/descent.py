@@ -210,8 +210,10 @@ class Descent:
 
 def clip_rows(gradient: Tensor, most: float) -> Tensor:
     """Shorten the rows ``(n, D)`` that are longer than ``most``."""
-    length = gradient.norm(dim=1, keepdim=True)
-    return gradient * (most / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=1.0)
+    length = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+    share = (most / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=1.0)
+    clipped: Tensor = gradient * share
+    return clipped
 
 
 def _met(judged: Judged) -> Tensor:

@@ -123,7 +123,7 @@ class NoiseOptimisation(Search):
 
         def build(own: Tensor, rows: Tensor) -> Noises:
             if modifier is None:
-                return Noises(own.unflatten(1, shape))
+                return Noises(own.view(len(own), *shape))
             return Noises(modifier(own, noise[rows.to(noise.device)]))
 
         def penalty(noises: Noises, turn: int) -> Tensor:

@@ -71,15 +71,15 @@ def typicality_penalty(
 def _improbability(flat: Tensor, block: int) -> Tensor:
     """Return -(log p1 + log p2) ``(B, P)`` of elements ``(B, P, M)``."""
     count = flat.shape[-1] // block
-    blocks = flat[..., : count * block].unflatten(-1, (count, block))
+    blocks = flat[..., : count * block].reshape(*flat.shape[:-1], count, block)
     mean_square = blocks.mean(-2).square().sum(-1)
-    covariance = blocks.mT @ blocks / count
-    error = covariance - torch.eye(block, dtype=flat.dtype, device=flat.device)
+    error = blocks.mT @ blocks / count - torch.eye(block, dtype=flat.dtype, device=flat.device)
     spread = torch.linalg.eigvalsh(error).abs().amax(-1)  # symmetric: its spectral norm
     beyond = (torch.sqrt(1.0 + spread) - 1.0 - math.sqrt(block / count)).clamp(min=0.0)
     log_p1 = -count * mean_square / (2 * block)
     log_p2 = -count * beyond.square() / 2
-    return -(log_p1.clamp(max=_LOG_HALF) + log_p2.clamp(max=_LOG_HALF))
+    improbable: Tensor = -(log_p1.clamp(max=_LOG_HALF) + log_p2.clamp(max=_LOG_HALF))
+    return improbable
 
 
 def shuffles(count: int, elements: int, turn: int) -> Tensor:
