@@ -12,6 +12,7 @@ from torch import Tensor
 from genscale.data.scenes.grammar import Requirement, parse_caption
 from genscale.data.scenes.oracle import CaptionAgreement, agreement_of, read_scene
 from genscale.errors import ConfigError, did_you_mean
+from genscale.io.images import to_uint8
 from genscale.rewards.base import Request, Reward, RewardOutput
 
 Measure = Literal[
@@ -75,7 +76,7 @@ class SceneOracle(Reward):
         Raises:
             DataError: pictures that are no square RGB.
         """
-        pixels = (images.detach() * 255.0 + 0.5).floor().clamp(0, 255).to(torch.uint8).cpu()
+        pixels = to_uint8(2.0 * images.detach() - 1.0).cpu()
         values: list[float] = []
         parts: dict[str, list[float]] = {}
         for image, request in zip(pixels, index.tolist(), strict=True):
