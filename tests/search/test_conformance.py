@@ -154,6 +154,9 @@ def test_what_one_sample_costs_buys_one_sample(name: str, family: str) -> None:
 # settings of which nothing but the plain sample can come
 ALONE: dict[str, tuple[str, ...]] = {
     "best_of_n": ("search.samples=1",),
+    "svdd": ("search.proposals=1",),
+    "beam": ("search.proposals=1", "search.beam=1"),
+    "paths": ("search.paths=1", "search.width=1", "search.forward=0"),
     "fk": ("search.particles=1",),
     "smc_tempered": ("search.particles=1",),
     "tds": ("search.particles=1", "search.strength=0"),
@@ -191,5 +194,6 @@ def test_what_grows_with_the_budget_does(name: str, family: str) -> None:
 
 
 def test_the_table_names_searches_and_families() -> None:
+    assert set(APPLIES) | set(ALONE) <= set(SEARCHES)
     assert all(families <= ALL for families in APPLIES.values())
     assert Path(CONF).is_dir()
