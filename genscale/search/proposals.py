@@ -22,6 +22,7 @@ from genscale.search.engine import Engine
 from genscale.search.scorer import Scores
 
 _SLACK = 1e-6  # of an evaluation: what float64 sums may be off by
+_ROUNDING = 1e-5  # of a reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +180,16 @@ def ways_afforded(
         setting=setting,
     )
     return max(1, ways)
+
+
+def beats(value: Tensor, bar: Tensor) -> Tensor:
+    """Return where rewards are higher by more than rounding: equal pictures must not count.
+
+    Two draws can give the same tokens, and rewards of the same picture differ in their last digits
+    from batch to batch.
+    """
+    margin = torch.where(bar.isfinite(), _ROUNDING * bar.abs().clamp(min=1.0), 0.0)
+    return value > bar + margin
 
 
 def check_end(engine: Engine, asked: int | None, setting: str) -> None:

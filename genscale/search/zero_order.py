@@ -15,7 +15,7 @@ from genscale.samplers.base import Sampler
 from genscale.search.base import Search
 from genscale.search.engine import Engine
 from genscale.search.neighbours import deaf_to_noise, neighbours
-from genscale.search.proposals import check_end
+from genscale.search.proposals import beats, check_end
 from genscale.search.scorer import Scores
 
 Accept = Literal["always", "improve"]
@@ -145,7 +145,7 @@ class ZeroOrder(Search):
             if len(near) == 0:
                 continue
             best = near[order[near].argmax()]
-            if self.accept == "always" or bool(order[best] > order[pivot]):
+            if self.accept == "always" or bool(beats(order[best], order[pivot])):
                 moved.append(int(best))
             else:
                 stuck.append(prompt)

@@ -17,6 +17,7 @@ from genscale.search.plain import PlainSampling
 from genscale.search.proposals import (
     StepPrices,
     afforded,
+    beats,
     check_end,
     judge,
     propose,
@@ -25,7 +26,7 @@ from genscale.search.proposals import (
 )
 from genscale.search.svdd import SVDD
 from tests.search.conftest import Brightness
-from tests.search.families import FAMILIES
+from tests.search.families import world as world_of
 
 STOCHASTIC = ["dit-ddpm", "var"]  # with their usual samplers
 
@@ -33,8 +34,8 @@ STOCHASTIC = ["dit-ddpm", "var"]  # with their usual samplers
 class TestProposals:
     @pytest.mark.parametrize("family", STOCHASTIC)
     def test_the_first_is_the_plain_step_and_the_others_part(self, family: str) -> None:
-        engine = FAMILIES[family]().engine()
-        state = engine.evaluate(engine.advance(engine.start(1)))
+        engine = world_of(family).engine()
+        state = engine.evaluate(engine.run(engine.start(1), 2))
         plain = engine.advance(state)
         ways = propose(engine, state, 3)
         assert ways.group.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -42,7 +43,7 @@ class TestProposals:
         assert len({tuple(x.flatten().tolist()) for x in ways.x}) == 9
 
     def test_scale_wise_models_draw_again_without_the_network(self) -> None:
-        world = FAMILIES["var"]()
+        world = world_of("var")
         engine = world.engine()
         state = engine.evaluate(engine.start(1))
         judge(engine, propose(engine, state, 5))
@@ -78,21 +79,27 @@ class TestProposals:
         assert of(DDIM(4, eta=1.0)) == [True, True, True, False]
         assert of(Euler(3)) == [False] * 3
         assert of(ReverseSDEHeun(3)) == [True] * 3  # steps without a known density
-        engine = FAMILIES["var"]().engine()
+        engine = world_of("var").engine()
         state = engine.evaluate(engine.start(1))
         greedy = NextScale(4, temperature=[1.0, 0.0, 1.0, 0.0])
         assert random_steps(greedy, state).tolist() == [True, False, True, False]
 
     def test_prices_of_guided_steps(self) -> None:
-        engine = FAMILIES["dit-ddpm"]().engine()
+        engine = world_of("dit-ddpm").engine()
         prices = StepPrices.of(engine)
         assert prices.first == 2.0
         assert prices.proposal.tolist() == [2.0, 2.0, 2.0, 0.0]
         assert prices.kept.tolist() == [0.0] * 4
-        engine = FAMILIES["var"]().engine()
+        engine = world_of("var").engine()
         prices = StepPrices.of(engine)
         assert prices.proposal.tolist() == [0.0] * 4
         assert prices.kept.tolist() == [*engine.costs.evaluate[1:].tolist(), 0.0]
+
+    def test_rounding_does_not_beat(self) -> None:
+        bar = torch.tensor([1.0, 1.0, 100.0, -torch.inf, torch.inf], dtype=torch.float64)
+        value = bar + torch.tensor([1e-7, 1e-3, 1e-4, 0.0, 0.0])
+        value[3] = 0.0
+        assert beats(value, bar).tolist() == [False, True, False, True, False]
 
     def test_what_a_budget_affords(self, engines: Any) -> None:
         engine = engines(budget=Budget(nfe=20, reward_calls=9))
@@ -111,7 +118,7 @@ class TestProposals:
 @pytest.mark.parametrize("family", STOCHASTIC)
 @pytest.mark.parametrize("temperature", [0.0, 0.1])
 def test_one_proposal_is_plain_sampling(family: str, temperature: float) -> None:
-    world = FAMILIES[family]()
+    world = world_of(family)
     plain = PlainSampling().run(world.engine())
     result = SVDD(1, temperature=temperature).run(world.engine())
     assert torch.equal(result.latents, plain.latents)
@@ -127,11 +134,11 @@ class TestCosts:
         assert result.cost.reward_calls.tolist() == [beam * (3.0 * 4 + 1)] * 2
 
     def test_of_guided_diffusion(self, beam: int) -> None:
-        result = SVDD(3, beam=beam).run(FAMILIES["dit-ddpm"]().engine())
+        result = SVDD(3, beam=beam).run(world_of("dit-ddpm").engine())
         assert result.cost.nfe.tolist() == [2 * beam * (1.0 + 3 * 3)] * 3
 
     def test_of_scales(self, beam: int) -> None:
-        world = FAMILIES["var"]()
+        world = world_of("var")
         result = SVDD(3, beam=beam).run(world.engine())
         assert result.cost.nfe.tolist() == [beam * world.costs.total] * 3  # rewards only
         assert result.cost.reward_calls.tolist() == [beam * 3.0 * 4] * 3
@@ -154,7 +161,7 @@ class TestBudget:
 
     def test_no_end(self) -> None:
         with pytest.raises(ConfigError, match=r"neither search.proposals nor a budget"):
-            SVDD(None).run(FAMILIES["var"]().engine(budget=Budget(nfe=100)))  # nfe do not limit it
+            SVDD(None).run(world_of("var").engine(budget=Budget(nfe=100)))  # nfe do not limit it
 
 
 def test_more_proposals_give_more_reward(engines: Any) -> None:
@@ -200,7 +207,7 @@ class TestTemperature:
 
 @pytest.mark.parametrize("family", STOCHASTIC)
 def test_micro_batches_and_other_prompts_change_nothing(family: str) -> None:
-    world, search = FAMILIES[family](), SVDD(3, beam=2, temperature=0.05)
+    world, search = world_of(family), SVDD(3, beam=2, temperature=0.05)
     whole = search.run(world.engine())
     parts = search.run(world.engine(micro_batch=4))
     alone = search.run(world.engine(prompts=slice(1, 2)))
@@ -213,7 +220,7 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="search SVDD needs a sampler that draws noise"):
             SVDD().run(engines(sampler=Euler(4)))
         with pytest.raises(ConfigError, match=r"positive sampler.temperature"):
-            SVDD().run(FAMILIES["var"]().engine(sampler=NextScale(4, top_k=1)))
+            SVDD().run(world_of("var").engine(sampler=NextScale(4, top_k=1)))
 
     def test_ranks_have_no_soft_maximum(self) -> None:
         class Ranks(Brightness):

@@ -15,7 +15,7 @@ from genscale.search.budget import Budget
 from genscale.search.neighbours import cosine_of_step, deaf_to_noise, neighbours
 from genscale.search.plain import PlainSampling
 from genscale.search.zero_order import ZeroOrder
-from tests.search.families import FAMILIES
+from tests.search.families import world as world_of
 
 
 class TestNeighbours:
@@ -51,7 +51,7 @@ class TestNeighbours:
 
 @pytest.mark.parametrize("family", ["dimr-flow", "dit-ddpm", "var"])
 def test_the_noise_of_the_seeds_gives_the_plain_sample(family: str) -> None:
-    engine = FAMILIES[family]().engine()
+    engine = world_of(family).engine()
     plain = engine.run(engine.start(1)).x
     own = engine.noise(engine.seeds)
     assert torch.equal(engine.run(engine.start(1, noise=own)).x, plain)
@@ -60,7 +60,7 @@ def test_the_noise_of_the_seeds_gives_the_plain_sample(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["dimr-flow", "var"])
 def test_a_budget_of_one_sample_gives_the_plain_one(family: str) -> None:
-    world = FAMILIES[family]()
+    world = world_of(family)
     plain = PlainSampling().run(world.engine())
     result = ZeroOrder().run(world.engine(budget=Budget(nfe=world.costs.total)))
     assert torch.equal(result.latents, plain.latents)
@@ -69,7 +69,7 @@ def test_a_budget_of_one_sample_gives_the_plain_one(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["dimr-flow", "dit-ddpm", "var"])
 def test_it_costs_what_its_formula_says(family: str) -> None:
-    world = FAMILIES[family]()
+    world = world_of(family)
     result = ZeroOrder(3, rounds=2).run(world.engine())
     assert result.cost.nfe.tolist() == [(1 + 2 * 3) * world.costs.total] * 3
     assert result.cost.reward_calls.tolist() == [1 + 2 * 3] * 3
@@ -148,14 +148,14 @@ def test_it_walks_to_the_brightest_noise_of_its_sphere(engines: Any) -> None:
 
 @pytest.mark.parametrize("family", ["dimr-flow", "var"])
 def test_micro_batches_change_nothing(family: str) -> None:
-    world = FAMILIES[family]()
+    world = world_of(family)
     whole, parts = (ZeroOrder(3, rounds=2).run(world.engine(micro_batch=n)) for n in (64, 4))
     torch.testing.assert_close(parts.latents, whole.latents, atol=1e-4, rtol=1e-4)
 
 
 class TestRefusals:
     def test_likeliest_tokens_know_no_noise(self) -> None:
-        world, sampler = FAMILIES["var"](), NextScale(4, temperature=0.0)
+        world, sampler = world_of("var"), NextScale(4, temperature=0.0)
         assert deaf_to_noise("x", NextScale(4)) == []
         with pytest.raises(ConfigError, match="takes the likeliest tokens whatever the noise"):
             ZeroOrder(rounds=1).run(world.engine(sampler=sampler))
