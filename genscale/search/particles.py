@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from genscale import rng
-from genscale.errors import ConfigError, did_you_mean
+from genscale.errors import ConfigError
 from genscale.rewards.base import Reward
 from genscale.rng import Purpose
 from genscale.samplers.base import Sampler, State
 from genscale.search.base import Search
 from genscale.search.best_of_n import samples_afforded
 from genscale.search.engine import Engine
+from genscale.search.names import check_name
 from genscale.search.official_fk import OfficialPopulation
 from genscale.search.population import Population
 from genscale.search.potentials import PotentialName, check_potential
@@ -68,6 +69,7 @@ class FeynmanKac(Search):
 
     needs_noise: ClassVar[bool] = True
     needs_potential: ClassVar[bool] = True
+    grows: ClassVar[str | None] = "particles"
 
     def __init__(
         self,
@@ -103,18 +105,14 @@ class FeynmanKac(Search):
                 f"search.base_samples must be at least 2, but is {base_samples}. A single sample "
                 "says nothing of how rewards differ."
             )
-        if compat is not None and compat not in get_args(Compat):
-            raise ConfigError(
-                f"search.compat must be null or official, but is {compat!r}."
-                f"{did_you_mean(str(compat), get_args(Compat))}"
-            )
+        check_name("search.compat", compat, get_args(Compat), optional=True)
         if compat is not None and (tempering is not None or strength == "auto"):
             raise ConfigError(
                 "search.compat=official knows neither tempering nor strength=auto. Give a number "
                 "as search.strength, and search.tempering=null."
             )
         self.particles = particles
-        self.strength = strength
+        self.strength: float | Literal["auto"] = "auto" if strength == "auto" else float(strength)
         self.potential = potential
         self.interval = interval
         self.steps = None if steps is None else tuple(sorted(set(steps)))
@@ -135,10 +133,12 @@ class FeynmanKac(Search):
             when = f"every {'tenth' if self.interval is None else self.interval}"
             if self.window != (0.0, 1.0):
                 when += f" in {list(self.window)}"
+        auto = f"auto of {self.base_samples}"
+        strength = auto if self.strength == "auto" else format(self.strength, "g")
         words = [
             "budget" if self.particles is None else str(self.particles),
             self.potential,
-            f"strength {self.strength}",
+            f"strength {strength}",
             when,
             f"ESS {self.threshold:g}",
             self.resampling,
@@ -257,12 +257,7 @@ def check_population(
         )
     check_scheme(resampling)
     check_tempering(tempering)
-    if returns not in get_args(Returns):
-        known = get_args(Returns)
-        raise ConfigError(
-            f"search.returns must be one of {', '.join(known)}, but is {returns!r}."
-            f"{did_you_mean(str(returns), known)}"
-        )
+    check_name("search.returns", returns, get_args(Returns))
 
 
 def select(

@@ -24,7 +24,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from genscale.errors import ConfigError, did_you_mean
+from genscale.search.names import check_name
 
 PotentialName = Literal["difference", "max", "sum", "rt", "is"]
 
@@ -35,12 +35,7 @@ def check_potential(name: str) -> None:
     Raises:
         ConfigError: an unknown name.
     """
-    known = get_args(PotentialName)
-    if name not in known:
-        raise ConfigError(
-            f"search.potential must be one of {', '.join(known)}, but is {name!r}."
-            f"{did_you_mean(str(name), known)}"
-        )
+    check_name("search.potential", name, get_args(PotentialName))
 
 
 class Payments:

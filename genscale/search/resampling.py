@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from genscale.errors import ConfigError, did_you_mean
+from genscale.search.names import check_name
 
 Scheme = Literal["ssp", "systematic", "stratified", "residual", "multinomial"]
 
@@ -49,12 +49,7 @@ def check_scheme(scheme: str, setting: str = "search.resampling") -> None:
     Raises:
         ConfigError: an unknown name.
     """
-    known = get_args(Scheme)
-    if scheme not in known:
-        raise ConfigError(
-            f"{setting} must be one of {', '.join(known)}, but is {scheme!r}."
-            f"{did_you_mean(str(scheme), known)}"
-        )
+    check_name(setting, scheme, get_args(Scheme))
 
 
 def uniforms_needed(scheme: Scheme, particles: int, draws: int) -> int:

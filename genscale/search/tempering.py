@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from genscale.errors import ConfigError, did_you_mean
+from genscale.search.names import check_name
 from genscale.search.resampling import effective_size
 
 TemperingName = Literal["geometric", "linear", "adaptive"]
@@ -21,12 +21,7 @@ def check_tempering(name: str | None) -> None:
     Raises:
         ConfigError: an unknown name.
     """
-    known = get_args(TemperingName)
-    if name is not None and name not in known:
-        raise ConfigError(
-            f"search.tempering must be null or one of {', '.join(known)}, but is {name!r}."
-            f"{did_you_mean(str(name), known)}"
-        )
+    check_name("search.tempering", name, get_args(TemperingName), optional=True)
 
 
 def scheduled(name: TemperingName, fraction: float, gamma: float = 0.008) -> float:

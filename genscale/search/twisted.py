@@ -63,6 +63,7 @@ class TwistedSMC(Search):
     needs_transition: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = True
     needs_potential: ClassVar[bool] = True
+    grows: ClassVar[str | None] = "particles"
 
     def __init__(
         self,

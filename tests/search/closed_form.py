@@ -60,7 +60,7 @@ def plane(
 
 
 def weighted_means(search: Search, engine: Engine) -> tuple[Tensor, SearchResult]:
-    """Return each prompt's weighted mean ``(G, 2)`` of a search that returns all particles."""
+    """Return each prompt's mean under its weights ``(G, 2)``; the search returns all."""
     result = search.run(engine)
     points = result.latents.view(engine.num_prompts, -1, 2).double()
     weights = result.extra["log_weights"].exp()

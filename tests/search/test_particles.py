@@ -11,8 +11,9 @@ from torch import Tensor
 from genscale.errors import ConfigError
 from genscale.rewards.base import Request, Reward, RewardOutput
 from genscale.samplers.sde import DDIM
-from genscale.search.best_of_n import BestOfN
+from genscale.search.best_of_n import BestOfN, samples_afforded
 from genscale.search.budget import Budget
+from genscale.search.names import check_name
 from genscale.search.official_fk import OfficialPopulation, OfficialSteering
 from genscale.search.particles import FeynmanKac, Returns, check_population, conclude, select
 from genscale.search.plain import PlainSampling
@@ -333,6 +334,13 @@ class TestSchedule:
         plain = PlainSampling().run(engines())
         assert torch.equal(result.latents, plain.latents)
 
+    def test_dearer_samples_are_fewer(self, engines: Any) -> None:
+        engine = engines(budget=Budget(nfe=16, reward_calls=9))
+        assert samples_afforded(engine, None) == 4
+        assert samples_afforded(engine, None, nfe=8.0) == 2
+        assert samples_afforded(engine, None, rewards=3) == 3
+        assert samples_afforded(engine, 1, rewards=3) == 1
+
     def test_the_best_estimate_stands_where_time_is_over(
         self, engines: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -417,6 +425,10 @@ def test_mistakes_are_told(settings: Any, sentence: str) -> None:
 
 
 def test_names_are_checked_where_they_are_known() -> None:
+    check_name("search.way", "left", ["left", "right"])
+    check_name("search.way", None, ["left", "right"], optional=True)
+    with pytest.raises(ConfigError, match=r"search.way must be one of left, right, but is None"):
+        check_name("search.way", None, ["left", "right"])
     check_population(None, "auto", 1.0, "ssp", None, "all")
     check_potential("rt")
     check_tempering(None)
@@ -430,9 +442,7 @@ def test_steps_beyond_the_samplers_are_refused(engines: Any) -> None:
 
 
 def test_labels_tell_what_changes_the_results() -> None:
-    assert (
-        FeynmanKac().label == "FeynmanKac(4, difference, strength 10.0, every tenth, ESS 0.5, ssp)"
-    )
+    assert FeynmanKac().label == "FeynmanKac(4, difference, strength 10, every tenth, ESS 0.5, ssp)"
     other = FeynmanKac(None, strength=2, steps=[3], tempering="linear", returns="all")
     assert other.label == (
         "FeynmanKac(budget, difference, strength 2, at [3], ESS 0.5, ssp, linear tempering, all)"
