@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from genscale.errors import ConfigError, did_you_mean
-from genscale.samplers.base import State
+from genscale.objectives.base import Family
+from genscale.rewards.base import Reward
+from genscale.samplers.base import Sampler, State
+from genscale.search.base import Search
 from genscale.search.engine import Engine
-from genscale.search.gradient import Build, Judged, Noises, Trajectory
+from genscale.search.gradient import Build, Judged, Noises, Trajectory, gradient_problems
 from genscale.search.row_lbfgs import RowLBFGS
 
 OptimiserName = Literal["sgd", "adam", "lbfgs"]
@@ -206,6 +209,20 @@ class Descent:
             return held.detach().clone()
 
         return move
+
+
+class NoiseDescent(Search):
+    """A search that goes down the gradient of the reward's loss by noises, of diffusion models."""
+
+    families = frozenset[Family]({"diffusion"})
+    needs_gradient = True
+
+    def problems(self, sampler: Sampler, reward: Reward | None = None) -> list[str]:
+        """Return a sentence for everything that keeps this search from this sampler and reward."""
+        found = super().problems(sampler, reward)
+        if sampler.family in self.families:
+            found += gradient_problems(type(self).__name__, sampler)
+        return found
 
 
 def clip_rows(gradient: Tensor, most: float) -> Tensor:

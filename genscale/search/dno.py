@@ -8,17 +8,13 @@ import torch
 from torch import Tensor
 
 from genscale.errors import ConfigError
-from genscale.objectives.base import Family
-from genscale.rewards.base import Reward
-from genscale.samplers.base import Sampler
-from genscale.search.base import Search
-from genscale.search.descent import Descent
+from genscale.search.descent import Descent, NoiseDescent
 from genscale.search.engine import Engine
-from genscale.search.gradient import Noises, Trajectory, gradient_problems
+from genscale.search.gradient import Noises, Trajectory
 from genscale.search.noise_regularisers import shuffles, typicality_penalty
 
 
-class DirectNoiseOptimisation(Search):
+class DirectNoiseOptimisation(NoiseDescent):
     """Start noise and step noises of every prompt go down the gradient of the reward's loss.
 
     The loss is the reward's plus ``regulariser`` times
@@ -42,9 +38,7 @@ class DirectNoiseOptimisation(Search):
         ConfigError: an impossible number.
     """
 
-    families = frozenset[Family]({"diffusion"})
     needs_noise = True
-    needs_gradient = True
 
     def __init__(
         self,
@@ -81,13 +75,6 @@ class DirectNoiseOptimisation(Search):
         if self.last_steps is not None:
             words.append(f"last_steps {self.last_steps}")
         return f"DirectNoiseOptimisation({', '.join(words)})"
-
-    def problems(self, sampler: Sampler, reward: Reward | None = None) -> list[str]:
-        """Return a sentence for everything that keeps this search from this sampler and reward."""
-        found = super().problems(sampler, reward)
-        if sampler.family in self.families:
-            found += gradient_problems(type(self).__name__, sampler)
-        return found
 
     def explore(self, engine: Engine) -> dict[str, Tensor]:
         """Descend from the noises of the plain samples."""

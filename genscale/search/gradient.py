@@ -168,14 +168,19 @@ class Trajectory:
 
         Raises:
             BudgetSpent: the budget does not allow it; asked before anything is computed.
-            ValueError: a loss without gradients.
+            ValueError: a loss without gradients, or a caller in inference mode.
         """
+        if gradient and torch.is_inference_mode_enabled():
+            raise ValueError(
+                "Gradients were asked for in torch.inference_mode, where there are none. Search "
+                "outside it; torch.no_grad is no hindrance."
+            )
         engine, count = self.engine, len(base)
         engine.allow(base.group, nfe=self.price(base, gradient=gradient), judged=True)
 
         def work(rows: Tensor) -> Judged:
             part = base if len(rows) == count else base.select(rows)
-            with torch.inference_mode(False), torch.set_grad_enabled(gradient):
+            with torch.set_grad_enabled(gradient):
                 leaf = parameters[rows.to(parameters.device)].detach().clone()
                 leaf.requires_grad_(gradient)
                 return self._there_and_back(part, leaf, build(leaf, rows), penalty)
@@ -203,7 +208,6 @@ class Trajectory:
                 "it calls itself differentiable. Look for a no_grad or a detach in its loss, or in "
                 "the decoder."
             )
-        loss = loss.double()
         if penalty is not None:
             loss = loss + penalty(noises).to(loss)
         gradient = None
@@ -218,7 +222,7 @@ class Trajectory:
         engine.state_bytes = max(engine.state_bytes, state_bytes(end))
         # history and memory would keep the graph alive, and nobody asks a finished particle
         end = end.replace(x=end.x.detach(), history={}, memory=None, pending=None)
-        return Judged(end, scores, loss.detach().cpu(), gradient)
+        return Judged(end, scores, loss.detach().cpu().double(), gradient)
 
     def _run(self, base: State, noises: Noises) -> tuple[State, State, State]:
         """Return the first state, that to which the way back through the network leads, the last.

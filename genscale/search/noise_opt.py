@@ -7,20 +7,16 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from genscale.errors import ConfigError, did_you_mean
-from genscale.objectives.base import Family
-from genscale.rewards.base import Reward
-from genscale.samplers.base import Sampler
-from genscale.search.base import Search
-from genscale.search.descent import Descent, OptimiserName
+from genscale.search.descent import Descent, NoiseDescent, OptimiserName
 from genscale.search.engine import Engine
-from genscale.search.gradient import Noises, Trajectory, gradient_problems
+from genscale.search.gradient import Noises, Trajectory
 from genscale.search.noise_modifier import NoiseModifier
 from genscale.search.noise_regularisers import norm_penalty
 
 Param = Literal["noise", "modifier"]
 
 
-class NoiseOptimisation(Search):
+class NoiseOptimisation(NoiseDescent):
     """The start noise of every prompt goes down the gradient of the reward's loss.
 
     The loss is the reward's plus ``regulariser`` times
@@ -48,9 +44,6 @@ class NoiseOptimisation(Search):
     Raises:
         ConfigError: an unknown name or an impossible number.
     """
-
-    families = frozenset[Family]({"diffusion"})
-    needs_gradient = True
 
     def __init__(
         self,
@@ -100,13 +93,6 @@ class NoiseOptimisation(Search):
         if self.network_steps is not None:
             words.append(f"network_steps {self.network_steps}")
         return f"NoiseOptimisation({', '.join(words)})"
-
-    def problems(self, sampler: Sampler, reward: Reward | None = None) -> list[str]:
-        """Return a sentence for everything that keeps this search from this sampler and reward."""
-        found = super().problems(sampler, reward)
-        if sampler.family in self.families:
-            found += gradient_problems(type(self).__name__, sampler)
-        return found
 
     def explore(self, engine: Engine) -> dict[str, Tensor]:
         """Descend from the plain samples' noises."""

@@ -250,6 +250,12 @@ def test_a_caller_without_gradients_gets_them_all_the_same(engines: Any) -> None
     assert not without.state.x.requires_grad
 
 
+def test_inference_mode_is_told(engines: Any) -> None:
+    engine = engines(sampler=Euler(4))
+    with torch.inference_mode(), pytest.raises(ValueError, match="Search outside it"):
+        judged(engine)
+
+
 def test_a_start_noise_for_particles_that_go_on(engines: Any) -> None:
     engine = engines()
     base = engine.evaluate(engine.start(1))

@@ -16,7 +16,7 @@ from genscale.samplers.adaptive import Adaptive
 from genscale.samplers.next_scale import NextScale
 from genscale.samplers.ode import Euler, Heun
 from genscale.search.budget import Budget
-from genscale.search.descent import Descent, clip_rows
+from genscale.search.descent import Descent, NoiseDescent, clip_rows
 from genscale.search.noise_modifier import NoiseModifier
 from genscale.search.noise_opt import NoiseOptimisation
 from genscale.search.noise_regularisers import norm_penalty
@@ -217,7 +217,9 @@ def test_what_it_cannot_go_back_through() -> None:
     class Blind(Brightness):
         differentiable = False
 
-    problems = NoiseOptimisation(1).problems(Adaptive(2), Blind())
+    search = NoiseOptimisation(1)
+    problems = NoiseDescent.problems(search, Adaptive(2), Blind())
+    assert problems == search.problems(Adaptive(2), Blind())
     assert "follows the gradient of the reward" in problems[0]
     assert "chooses its steps on the way" in problems[1]
 
