@@ -81,8 +81,11 @@ class Folder:
     def digest(self) -> str:
         """Return the SHA-256 over the content of config, weights and tokenizer."""
         folder, digest = self.path(), hashlib.sha256()
+        kinds = {".json", ".model", ".txt"} | (
+            {".safetensors"} if "weights" in self.holds else set()
+        )
         for file in sorted(folder.iterdir()):
-            if file.suffix in (".safetensors", ".json", ".model", ".txt"):
+            if file.suffix in kinds:
                 digest.update(file.name.encode())
                 with open(file, "rb") as stream:
                     digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from genscale.conditioning.transformers_folder import Folder, load_model
 from genscale.io.weights import assign_strictly, below, read_checkpoint
 from genscale.layers.norm import no_autocast
+from genscale.metrics.features import file_sha256
 from genscale.rewards.base import Request, RewardOutput
 from genscale.rewards.clip import image_embeddings
 from genscale.rewards.learned import LearnedReward, Precision, find_file, need_transformers
@@ -80,9 +81,13 @@ class Aesthetic(LearnedReward):
         self.differentiable = not exact
 
     @property
-    def label(self) -> str:
-        """The reward, the route of its preprocessing, and its precision."""
-        return f"Aesthetic({self.preprocessing.label}, {self.precision})"
+    def settings(self) -> list[str]:
+        """The route of preprocessing."""
+        return [self.preprocessing.label]
+
+    def digests(self) -> list[str]:
+        """Return those of CLIP and the head."""
+        return [self.folder.digest(), file_sha256(str(find_file(self.weights, _WHAT)))]
 
     def find(self) -> None:
         """Look for the folder, the file and the package."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genscale.conditioning.transformers_folder import Folder, load_model, load_tokenizer
+from genscale.metrics.features import file_sha256
 from genscale.rewards.base import Request, RewardOutput
 from genscale.rewards.learned import (
     LearnedReward,
@@ -50,9 +51,9 @@ class CLIPReward(LearnedReward):
         self._words: Any = None
 
     @property
-    def label(self) -> str:
-        """The reward, the route of its preprocessing, and its precision."""
-        return f"{type(self).__name__}({self.preprocessing.label}, {self.precision})"
+    def settings(self) -> list[str]:
+        """The route of preprocessing."""
+        return [self.preprocessing.label]
 
     def prepare(self, requests: Sequence[Request]) -> Tensor:
         """Return the captions' unit embeddings, ``(G, D)`` float32."""
@@ -143,6 +144,13 @@ class CLIPFolderReward(CLIPReward):
         self.tokenizer.path()
         need_transformers(self)
 
+    def digests(self) -> list[str]:
+        """Return those of the model and the tokenizer."""
+        own = self.folder.digest()
+        return (
+            [own] if self.tokenizer.place == self.folder.place else [own, self.tokenizer.digest()]
+        )
+
     def load(self) -> nn.Module:
         """Read the model."""
         need_transformers(self)
@@ -181,9 +189,9 @@ class CLIPScore(CLIPFolderReward):
         self.scale = scale
 
     @property
-    def label(self) -> str:
-        """The reward with its scale."""
-        return super().label.replace("(", f"({self.scale}, ", 1)
+    def settings(self) -> list[str]:
+        """The scale, and the route of preprocessing."""
+        return [self.scale, *super().settings]
 
     def value_of(self, cosine: Tensor) -> Tensor:
         """Return the cosine on its scale."""
@@ -268,9 +276,13 @@ class HPS(CLIPReward):
         self.weights = weights
 
     @property
-    def label(self) -> str:
-        """The reward with its version."""
-        return super().label.replace("HPS", f"HPSv{self.version}", 1)
+    def settings(self) -> list[str]:
+        """The version, and the route of preprocessing."""
+        return [f"v{self.version}", *super().settings]
+
+    def digests(self) -> list[str]:
+        """Return those of the checkpoint and the tokenizer."""
+        return [file_sha256(str(self._file())), self.tokenizer.digest()]
 
     def find(self) -> None:
         """Look for the file, the tokenizer and the package."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from genscale.errors import CheckpointError, ConfigError, require
 from genscale.io.weights import assign_strictly, below, read_checkpoint
 from genscale.layers.norm import no_autocast
+from genscale.metrics.features import file_sha256
 from genscale.rewards.aesthetic import LinearHead
 from genscale.rewards.base import Request, RewardOutput
 from genscale.rewards.blip import BLIP, BLIP_LARGE, BLIPSizes, from_blip
@@ -74,9 +75,14 @@ class ImageReward(LearnedReward):
         self._words: Any = None
 
     @property
-    def label(self) -> str:
-        """The reward, the route of its preprocessing, and its precision."""
-        return f"ImageReward({self.preprocessing.label}, {self.precision})"
+    def settings(self) -> list[str]:
+        """The route of preprocessing."""
+        return [self.preprocessing.label]
+
+    def digests(self) -> list[str]:
+        """Return those of the checkpoint and the vocabulary."""
+        files = (find_file(self.weights, _WHAT), self._vocabulary_file())
+        return [file_sha256(str(file)) for file in files]
 
     def find(self) -> None:
         """Look for both files and the tokenizers package."""

@@ -34,6 +34,7 @@ References = Literal["best_so_far", "tournament", "random_k", "all_pairs"]
 _WHAT = (
     "an instruction-tuned vision-language model, e.g. HuggingFaceTB/SmolVLM-Instruct (Apache-2.0)"
 )
+_CRITERIA = "how well it shows what was described, its composition and its quality"
 _AT_ONCE = "Answer with yes or no."
 _THINK = "Think step by step about what you see. Then answer with yes or no."
 
@@ -113,7 +114,7 @@ class Judge(LearnedReward):
         num_references: int = 4,
         debias: bool = True,
         logit_reward: bool = False,
-        criteria: str = "how well it shows what was described, its composition and its quality",
+        criteria: str = _CRITERIA,
         chain_of_thought: bool = False,
         max_thought_tokens: int = 256,
         cache_prefix: bool = True,
@@ -147,15 +148,20 @@ class Judge(LearnedReward):
         self._chances: dict[tuple[int, int], float] = {}
 
     @property
-    def label(self) -> str:
-        """The reward with what changes its numbers."""
+    def settings(self) -> list[str]:
+        """How it is asked, and whom candidates meet."""
         words: list[str] = [self.mode]
         if self.mode == "pairwise":
-            few = f" {self.num_references}" if self.references == "random_k" else ""
-            words += [f"{self.references}{few}"] + ["debiased"] * self.debias
+            drawn = f" {self.num_references} seed {self.seed}"
+            words += [self.references + drawn * (self.references == "random_k")]
+            words += ["debiased"] * self.debias
         words += ["logit"] * self.logit_reward
         words += [f"thoughts {self.max_thought_tokens}"] * self.chain_of_thought
-        return f"Judge({', '.join([*words, self.precision])})"
+        return words + [f"criteria {self.criteria!r}"] * (self.criteria != _CRITERIA)
+
+    def digests(self) -> list[str]:
+        """Return that of the model."""
+        return [self.folder.digest()]
 
     def find(self) -> None:
         """Look for the folder and the package."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -40,6 +41,38 @@ class LearnedReward(Reward):
         self.precision = precision
         self.device = torch.device("cpu")
         self._network: nn.Module | None = None
+        self._fingerprint: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The reward, its settings, and which weights it has."""
+        words = [*self.settings, self.precision, f"weights {self.fingerprint}"]
+        return f"{type(self).__name__}({', '.join(words)})"
+
+    @property
+    @abstractmethod
+    def settings(self) -> list[str]:
+        """What changes the numbers beside precision and weights, in words."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Eight hex digits over all files that the numbers follow from; ``none`` without them."""
+        if self._fingerprint is None:
+            try:
+                digests = self.digests()
+            except (CheckpointError, ConfigError):
+                return "none"
+            self._fingerprint = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:8]
+        return self._fingerprint
+
+    @abstractmethod
+    def digests(self) -> list[str]:
+        """Return the SHA-256 of every file or folder that the numbers follow from.
+
+        Raises:
+            CheckpointError: files are missing.
+            ConfigError: no place was given.
+        """
 
     @property
     def network(self) -> Any:

@@ -89,7 +89,7 @@ def test_the_exact_route_comes_close_and_has_no_gradient(clip: tuple[Path, Any])
     exact = aesthetic(clip[0], exact=True)
     values = [each.score(images, None, index).value for each in (aesthetic(clip[0]), exact)]
     assert 0 < (values[0] - values[1]).abs().max() < 2e-2
-    assert exact.label == "Aesthetic(pil, float32)"
+    assert exact.label == f"Aesthetic(pil, float32, weights {exact.fingerprint})"
     with pytest.raises(NotImplementedError, match="has no gradient"):
         exact.loss(images, None, index)
 

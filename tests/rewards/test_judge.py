@@ -206,7 +206,7 @@ class TestPointwise:
         logit = judge(folder, logit_reward=True)
         odds = logit.score(images, logit.prepare(REQUESTS), index).value
         torch.testing.assert_close(odds.sigmoid(), found.value, rtol=0, atol=1e-6)
-        assert logit.label == "Judge(pointwise, logit, float32)"
+        assert logit.label == f"Judge(pointwise, logit, float32, weights {reward.fingerprint})"
 
     def test_a_cached_prefix_changes_nothing(self, folder: Path) -> None:
         images, index = pictures(5, side=8), torch.tensor([0, 1, 0, 0, 0])
@@ -279,7 +279,7 @@ class TestPointwise:
                 pictures(2, side=8), reward.prepare(REQUESTS), torch.tensor([0, 1])
             )
         torch.testing.assert_close(found[True].value, found[False].value, rtol=0, atol=1e-5)
-        assert reward.label == "Judge(pointwise, thoughts 5, float32)"
+        assert reward.settings == ["pointwise", "thoughts 5"]
         # by hand: the likeliest word again and again, then the cue
         text = ALONE.replace(
             "Answer with yes or no.",
@@ -428,6 +428,7 @@ def test_settings_and_folders_are_checked(tmp_path: Path) -> None:
     (problem,) = Judge(folder=str(tmp_path)).check()
     assert "has no config.json and no model.safetensors and no tokenizer.json" in problem
     assert Judge().problems([Request(label=1)])
+    assert Judge(criteria="its colours.").settings == ["pointwise", "criteria 'its colours'"]
     for settings, message in (
         ({"mode": "pair"}, r"reward\.mode must be one of .*Did you mean 'pairwise'"),
         ({"references": "all"}, r"reward\.references must be one of"),
