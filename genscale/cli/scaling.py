@@ -120,10 +120,7 @@ def _search(name: str) -> Search:
     Raises:
         ConfigError: it has no such setting.
     """
-    import yaml
-
-    node = yaml.safe_load((conf_directory() / "search" / f"{name}.yaml").read_text())
-    node = {key: value for key, value in node.items() if key != "defaults"}
+    node = _search_node(name)
     search: Search = instantiate(OmegaConf.create(node), f"search {name}")
     if search.grows is None:
         raise ConfigError(
@@ -132,6 +129,20 @@ def _search(name: str) -> Search:
         )
     grown: Search = instantiate(OmegaConf.create({**node, search.grows: None}), f"search {name}")
     return grown
+
+
+def _search_node(name: str) -> dict[str, Any]:
+    """Read a search of the config tree together with the one it varies."""
+    import yaml
+
+    node: dict[str, Any] = yaml.safe_load(
+        (conf_directory() / "search" / f"{name}.yaml").read_text()
+    )
+    merged: dict[str, Any] = {}
+    for base in node.pop("defaults", []):
+        if base != "_self_":
+            merged |= _search_node(base)
+    return merged | node
 
 
 def _settings(cfg: DictConfig, sampler: dict[str, Any], guidance: dict[str, Any]) -> dict[str, Any]:
