@@ -18,6 +18,7 @@ FeatureMode = Literal["flat", "pca", "pca_raw", "pca_all", "pool"]
 FeatureName = Literal["pixel", "latent"]
 _RESTARTS = 16  # of k-means; the tightest clusters win
 _ROUNDS = 100  # of k-means, where it does not settle before
+_SLACK = 1e-7  # of the largest squared distance: what rounding moves squared distances by
 _SIDE = 16  # pictures are averaged to this many pixels a side where pixels are the features
 
 
@@ -169,16 +170,23 @@ def select_diverse(features: Tensor, count: int, uniforms: Tensor) -> Tensor:
     """
     squares = _squares(features)
     labels, distances = candidate_clusters(features, uniforms)
+    slack = _SLACK * float(squares.max())
     chosen: list[int] = []
     for cluster in range(count):
         inside = labels == cluster
         if bool(inside.any()):
-            chosen.append(int(torch.where(inside, distances[cluster], torch.inf).argmin()))
+            chosen.append(_first_least(distances[cluster].where(inside, torch.inf), slack))
     while len(chosen) < count:
         apart = squares[chosen].amin(dim=0)
-        apart[chosen] = -1.0
-        chosen.append(int(apart.argmax()))
+        apart[chosen] = -torch.inf
+        chosen.append(_first_least(-apart, slack))
     return torch.tensor(sorted(chosen))
+
+
+def _first_least(values: Tensor, slack: float) -> int:
+    """Return the first of the least values; what differs by rounding alone is equal."""
+    least = values.min()
+    return int((values <= least + slack + 1e-5 * least.abs()).int().argmax())
 
 
 def candidate_clusters(features: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,10 +205,16 @@ def candidate_clusters(features: Tensor, uniforms: Tensor) -> tuple[Tensor, Tens
 
 
 def _squares(features: Tensor) -> Tensor:
-    """Return squared distances ``(n, n)`` float64 on the CPU."""
+    """Return squared distances ``(n, n)`` float64 on the CPU, bitwise symmetric.
+
+    Coarse pictures are often equal, and the features of equal ones differ in their last digits
+    from batch to batch: that is no distance.
+    """
     rows = features.detach().double().cpu().nan_to_num()
     squares = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist") ** 2
-    return (squares + squares.mT) / 2  # bitwise symmetric: the two of a pair are equally near
+    squares = (squares + squares.mT) / 2
+    rounding = 1e-9 * float(rows.square().sum(dim=1).max())
+    return squares.where(squares > rounding, 0.0)
 
 
 def _first_centres(squares: Tensor, uniforms: Tensor) -> Tensor:

@@ -304,7 +304,7 @@ class TTSVAR(Search):
     ) -> tuple[Tensor, Tensor]:
         """Return the rows that live on, and each prompt's effective sample size."""
         prompts, kept = engine.num_prompts, selection.kept
-        values = potential(history, self.potential).view(prompts, -1)
+        values = _without_rounding(potential(history, self.potential).view(prompts, -1))
         if self.scheme == "top":
             ranked = engine.scorer.compare(scores) if self.potential == "value" else values.view(-1)
             rows = best_first(ranked, scores.group, kept).view(prompts, kept).sort(dim=1).values
@@ -354,6 +354,17 @@ def particle_weights(potentials: Tensor, strength: float) -> Tensor:
     scaled = torch.where(below == 0.0, 0.0, strength * below)
     weights = guarded_weights(scaled.double().exp())
     return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _without_rounding(values: Tensor) -> Tensor:
+    """Round numbers ``(G, N)`` to 16 binary places of each prompt's largest, or of 1.
+
+    Coarse pictures are often equal, and rewards of equal ones differ in their last digits from
+    batch to batch: they must tie.
+    """
+    largest = values.where(values.isfinite(), 0.0).abs().amax(dim=1, keepdim=True).clamp(min=1.0)
+    place = torch.exp2(largest.log2().ceil() - 16)
+    return (values / place).round() * place
 
 
 def guarded_weights(weights: Tensor) -> Tensor:

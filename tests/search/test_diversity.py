@@ -62,6 +62,17 @@ class TestSelection:
         assert select_diverse(two, 2, draws(2)).tolist() == [0, 3]
         assert len(set(select_diverse(two, 3, draws(3)).tolist())) == 3
 
+    def test_what_differs_by_rounding_is_equal(self) -> None:
+        points, _ = planted([3, 6, 4])
+        twins = torch.cat((points, points))  # every cluster has its members twice
+        expected = select_diverse(twins, 3, draws(3))
+        assert torch.equal(expected, select_diverse(points, 3, draws(3)))
+        for seed in range(5):
+            noise = torch.randn(twins.shape, generator=torch.Generator().manual_seed(seed))
+            assert torch.equal(select_diverse(twins * (1 + 1e-7 * noise), 3, draws(3)), expected)
+        same = torch.ones(6, 3) * (1 + 1e-7 * torch.randn(6, 3))
+        assert select_diverse(same, 4, draws(4)).tolist() == [0, 1, 2, 3]
+
     def test_all_of_them_and_one_of_them(self) -> None:
         points, _ = planted([4, 4])
         assert select_diverse(points, 8, draws(8)).tolist() == list(range(8))
