@@ -95,7 +95,7 @@ def _compare_selection(case: Case, name: str, expected: Tensor) -> Comparison:
     named = []
     for row in expected.tolist():
         distance = squares[labels[row]]
-        equal = distance <= distance[row] * (1 + 1e-5) + slack
+        equal = (distance - distance[row]).abs() <= 1e-5 * distance[row] + slack
         named.append(int((equal & (labels == labels[row])).nonzero()[0, 0]))
     return Comparison(name, got, torch.tensor(sorted(named)), 0.0, 0.0)
 
