@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["linear", "convolutional", "features"]
 Measure = Literal["log_probability", "agreement"]
-_CHANNELS = (24, 48)  # of the two convolutions
+_CHANNELS = (16, 32)  # of the two convolutions
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class ClassifierReward(Reward):
         *,
         measure: Measure = "log_probability",
         kind: Kind = "convolutional",
-        num_steps: int = 400,
+        num_steps: int = 300,
         batch_size: int = 128,
         learning_rate: float = 3e-3,
         noise: float = 0.1,

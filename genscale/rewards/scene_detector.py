@@ -51,7 +51,8 @@ class SceneDetector(Detector):
 
     where other shapes compete over a neighbourhood: a circle seen from beside looks like a square.
     The class of a shape in any colour works on the sum of the masks, and the odds of any object are
-    the sum of those of the shapes. Pictures are averaged or interpolated to 32 pixels first.
+    the sum of those of the shapes. Pictures are averaged or interpolated to 32 pixels first; those
+    smaller than that say less than shapes are told apart by.
     """
 
     threshold = 0.5
@@ -85,16 +86,16 @@ class SceneDetector(Detector):
                 "Give RGB pictures."
             )
         masks = colour_masks(_at_side(images))
-        classes = classes.to(images.device)
         colour, shape = classes // (_ANY_SHAPE + 1), classes % (_ANY_SHAPE + 1)
-        rows = torch.arange(len(images), device=images.device)[:, None]
-        misfit, template = _misfits(masks[rows, colour].flatten(0, 1))  # (B K, 5, 33, 33)
-        logits = _log_odds(misfit)  # (B K, 6, 33, 33)
+        # classes of one colour in one picture share a mask: U of them differ
+        row = torch.arange(len(images))[:, None] * (_ANY_COLOUR + 1)
+        mask, which = torch.unique(row + colour, return_inverse=True)
+        misfit, template = _misfits(masks.flatten(0, 1)[mask.to(images.device)])  # (U, 5, 33, 33)
+        logits = _log_odds(misfit)  # (U, 6, 33, 33)
         # the box of any object is that of its best shape
         best = misfit.argmin(1, keepdim=True)
         template = torch.cat((template, template.gather(1, best)), 1)
-        each = torch.arange(len(logits), device=images.device)
-        chosen = (each, shape.flatten())
+        chosen = (which.flatten().to(images.device), shape.flatten().to(images.device))
         count = (SIDE + 1) ** 2
         return Detections(
             logits[chosen].reshape(*classes.shape, count),
@@ -120,10 +121,10 @@ def _linear(srgb: Tensor) -> Tensor:
 
 
 @cache
-def _palette(device: torch.device) -> Tensor:
+def _palette(device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return the colours of objects, then of backgrounds, linear RGB ``(13, 3)``."""
     levels = [*COLOURS.values(), *BACKGROUNDS.values()]
-    return _linear(torch.tensor(levels, dtype=torch.float32) / 255.0).to(device)
+    return _linear(torch.tensor(levels, dtype=torch.float64) / 255.0).to(device, dtype)
 
 
 def colour_masks(images: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ def colour_masks(images: Tensor) -> Tensor:
         images: ``(B, 3, H, W)`` sRGB in [0, 1].
     """
     pixels = _linear(images).flatten(2).transpose(1, 2)  # (B, H W, 3)
-    distance = (pixels[:, :, None] - _palette(images.device)).square().sum(3)
+    distance = (pixels[:, :, None] - _palette(images.device, images.dtype)).square().sum(3)
     share = torch.softmax(-distance / TEMPERATURE, dim=2)[:, :, :_ANY_COLOUR]
     share = torch.cat((share, share.sum(2, keepdim=True)), 2)
     return share.transpose(1, 2).reshape(len(images), -1, *images.shape[2:])
@@ -159,7 +160,7 @@ class _Templates:
 
 
 @cache
-def _templates(device: torch.device) -> _Templates:
+def _templates(device: torch.device, dtype: torch.dtype) -> _Templates:
     begin = (SIDE - _WINDOW) // 2
     inner = slice(begin, begin + _WINDOW)
     covered = []
@@ -167,7 +168,7 @@ def _templates(device: torch.device) -> _Templates:
         x, y = ((SIDE / 2 + shift) / SIDE for shift in (across, down))
         drawn = render(Scene("black", (SceneObject(shape, "white", x, y, size / SIDE),)), SIDE)
         covered.append(torch.from_numpy(drawn[0, inner, inner]).long())
-    mean = _mean_mask()[torch.stack(covered)].flatten(1).double()
+    mean = _mean_mask()[torch.stack(covered)].flatten(1)
     basis = torch.linalg.svd(mean, full_matrices=False).Vh[:_RANK]
     weights = mean @ basis.T
     energy = (weights @ basis).square().sum(1)
@@ -178,10 +179,10 @@ def _templates(device: torch.device) -> _Templates:
     ]
     layout = (len(SHAPES), len(SIZES), len(SHIFTS), len(SHIFTS), 1, 1)
     return _Templates(
-        basis.float().view(-1, 1, _WINDOW, _WINDOW).to(device),
-        (-2.0 * weights / energy[:, None]).float().to(device),
-        energy.reciprocal().float().view(layout).to(device),
-        torch.stack([torch.stack(each) for each in span]).to(device),
+        basis.view(-1, 1, _WINDOW, _WINDOW).to(device, dtype),
+        (-2.0 * weights / energy[:, None]).to(device, dtype),
+        energy.reciprocal().view(layout).to(device, dtype),
+        torch.stack([torch.stack(each) for each in span]).to(device, dtype),
     )
 
 
@@ -190,11 +191,11 @@ def _mean_mask() -> Tensor:
 
     The average is over the colours of the object and of the ground.
     """
-    share = torch.arange(256.0) / 255.0
+    share = torch.arange(256, dtype=torch.float64) / 255.0
     masks = []
     for number, colour in enumerate(COLOURS.values()):
         for ground in BACKGROUNDS.values():
-            ends = torch.tensor([ground, colour], dtype=torch.float32).T[..., None] / 255.0
+            ends = torch.tensor([ground, colour], dtype=torch.float64).T[..., None] / 255.0
             mixed = ends[:, 0] + share * (ends[:, 1] - ends[:, 0])  # (3, 256)
             masks.append(colour_masks(mixed[None, :, None])[0, number, 0])
     return torch.stack(masks).mean(0)
@@ -209,7 +210,7 @@ def _misfits(masks: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(n, 5, 33, 33)`` misfits with gradients, and numbers of size and shifts, int64.
     """
-    bank = _templates(masks.device)
+    bank = _templates(masks.device, masks.dtype)
     parts = F.conv2d(masks[:, None], bank.basis, padding=_WINDOW // 2)
     match = torch.einsum("tr,nrij->ntij", bank.weights, parts)
     match = match.reshape(len(masks), *bank.inverse.shape[:4], *match.shape[2:])
