@@ -17,6 +17,7 @@ from genscale.rewards.base import Request, RewardOutput
 from genscale.rewards.judge import Candidate, Judge, Sitting
 from genscale.rewards.preprocessing import to_pictures
 from genscale.rewards.vision_language import Verdicts, VisionLanguage
+from genscale.search.scorer import Scorer, Scores, best_first
 from tests.rewards.small_clip import pictures
 
 REQUESTS = [Request("two red circle"), Request("blue")]
@@ -127,10 +128,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token="</s>", additional_special_tokens=["<image>"],
     )  # fmt: skip
     size = {"height": 8, "width": 8}
-    from transformers.models.clip import image_processing_pil_clip as clip
+    try:  # the one that needs no torchvision
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    except ImportError:  # before transformers 5
+        CLIPImageProcessorPil = transformers.CLIPImageProcessor
 
     processor = transformers.LlavaProcessor(
-        image_processor=clip.CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=size),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=size),
         tokenizer=words,
         patch_size=4,
         num_additional_image_tokens=1,
@@ -379,6 +383,38 @@ class TestPairwise:
         with pytest.raises(KeyError):
             reward.chances([pair])
         assert Candidate("blue", to_pictures(pictures(1))[0]).caption == "blue"
+
+
+class Bright(Judge):
+    """Says yes to bright pictures, and to the brighter one of two."""
+
+    def _asked(self) -> Any:
+        return self
+
+    def ask(self, before: list[Any], shown: list[np.ndarray], question: str) -> Verdicts:
+        assert "two red circle" in before[0] or "blue" in before[0]
+        assert question.startswith("Is ")
+        reference = [part.mean() for part in before if not isinstance(part, str)]
+        yes = torch.tensor([each.mean() - sum(reference) for each in shown]) / 50
+        return Verdicts(yes.float(), torch.zeros(len(shown)), torch.zeros(len(shown)))
+
+
+@pytest.mark.parametrize("references", ["best_so_far", "tournament", "random_k", "all_pairs"])
+def test_a_search_finds_its_best_by_duels(references: str) -> None:
+    reward = Bright(mode="pairwise", references=references)  # type: ignore[arg-type]
+    scorer = Scorer(lambda latents: latents, reward)
+    scorer.prepare(REQUESTS)
+    group = torch.tensor([0, 1]).repeat(6)
+    levels = torch.tensor([0.1, 0.2, 0.9, 0.3, 0.4, 0.8, 0.0, 0.5, 0.6, 0.7, 0.2, 0.1])
+    latents = (2 * levels - 1)[:, None, None, None].expand(-1, 3, 4, 4)
+    # in micro-batches, as an engine scores; the best of the first ones stays in the race
+    parts = [scorer.score(latents[i : i + 5], latents[i : i + 5], group[i : i + 5]) for i in (0, 5)]
+    first = Scores.cat(parts)
+    kept = first.select(best_first(scorer.compare(first), first.group, 1))
+    both = Scores.cat((kept, scorer.score(latents[10:], latents[10:], group[10:])))
+    best = both.select(best_first(scorer.compare(both), both.group, 1))
+    assert best.latents[:, 0, 0, 0].tolist() == pytest.approx([0.8, 0.6])  # 0.9 and 0.8
+    assert best.group.tolist() == [0, 1]
 
 
 class TestModel:
