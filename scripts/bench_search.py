@@ -136,10 +136,12 @@ def measure(
     return Overhead(
         family,
         name,
-        result.seconds,
-        *(seconds.get(kind, 0.0) for kind in ("network", "decode", "reward")),
-        result.state_bytes,
-        float(result.cost.nfe[0]),
+        seconds=result.seconds,
+        network=seconds.get("network", 0.0),
+        decode=seconds.get("decode", 0.0),
+        reward=seconds.get("reward", 0.0),
+        state_bytes=result.state_bytes,
+        nfe=float(result.cost.nfe[0]),
     )
 
 
@@ -162,9 +164,9 @@ def added(family: str, device: str, particles: int, micro_batch: int) -> float:
     engine = engine_of(family, where, micro_batch)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated()
         BestOfN(particles).run(engine)
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        return (torch.cuda.max_memory_allocated() - held) / 1e6
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
     before = _resident("VmRSS")
     BestOfN(particles).run(engine)

@@ -46,7 +46,8 @@ def prepare_overrides(
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    parsed = [_parse(text, multirun=multirun) for text in overrides]
+    placed = _placed_groups(conf_dir / f"{config_name}.yaml")
+    parsed = [_parse(_as_placed(text, placed), multirun=multirun) for text in overrides]
     lines = [override.input_line or "" for override in parsed]
     with initialize_config_dir(str(conf_dir), version_base="1.3", job_name=config_name):
         groups = _Groups([*search_path, *_given_search_path(parsed)], config_name)
@@ -69,6 +70,29 @@ def prepare_overrides(
                 if tree.adds(parsed[index]):
                     lines[index] = f"++{parsed[index].input_line}"
     return lines
+
+
+def _placed_groups(primary: Path) -> dict[str, str]:
+    """Return the groups that a config puts under another name, by that name.
+
+    A defaults list with ``reward@held_out: none`` lets ``held_out=scenes`` choose a reward.
+    """
+    import yaml
+
+    if not primary.is_file():  # of a search path
+        return {}
+    defaults = yaml.safe_load(primary.read_text()).get("defaults") or []
+    entries = [key for entry in defaults if isinstance(entry, dict) for key in entry]
+    return {
+        entry.partition("@")[2]: entry
+        for entry in entries
+        if "@" in entry and not entry.startswith("override ")
+    }
+
+
+def _as_placed(text: str, placed: dict[str, str]) -> str:
+    key, equals, value = text.partition("=")
+    return f"{placed[key]}{equals}{value}" if key in placed else text
 
 
 def _parse(text: str, *, multirun: bool) -> Override:

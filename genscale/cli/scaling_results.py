@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from genscale.report.scaling_page import interval
+
 Z = 1.96  # of a 95 % interval
 
 
@@ -60,11 +62,14 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for kind in ("rewards", "held_out"):
             row[kind] = {}
             for name in samples[0][1][kind]:
-                values = [each[kind][name] for _, each in samples]
+                values = [v for _, each in samples if (v := each[kind][name]) is not None]
+                if not values:
+                    continue
                 pairs = [
                     each[kind][name] - plain[seed, each["id"]][kind][name]
                     for seed, each in samples
                     if (seed, each["id"]) in plain
+                    and None not in (each[kind][name], plain[seed, each["id"]][kind][name])
                 ]
                 row[kind][name] = {
                     **dict(zip(("mean", "half"), mean_and_half(values), strict=True)),
@@ -74,14 +79,14 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and half the width of its 95 % interval, NaN and NaN of nothing."""
+def mean_and_half(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the mean and half the width of its 95 % interval; None where too few are known."""
     count = len(values)
     if count == 0:
-        return math.nan, math.nan
+        return None, None
     mean = sum(values) / count
     if count == 1:
-        return mean, math.nan
+        return mean, None
     variance = sum((value - mean) ** 2 for value in values) / (count - 1)
     return mean, Z * math.sqrt(variance / count)
 
@@ -93,6 +98,6 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         told = [f"{row['method']:>16} {row['budget']:>4g}x  nfe {row['cost']['nfe']:8.1f}"]
         for kind in ("rewards", "held_out"):
             for name, value in list(row[kind].items())[: 1 if kind == "rewards" else None]:
-                told.append(f"{name} {value['mean']:.3f} +- {value['half']:.3f}")
+                told.append(f"{name} {interval(value)}")
         lines.append("  ".join(told) + f"  {row['seconds']:.3f} s")
     return lines

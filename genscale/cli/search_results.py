@@ -66,11 +66,14 @@ def write_search(
     return "\n".join([*_told(record), f"report: {report}"])
 
 
-def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the mean of every quantity over rows that have the same ones."""
-    if not rows:
-        return {}
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+def means(rows: Sequence[dict[str, float | None]]) -> dict[str, float]:
+    """Return the mean of every quantity over the rows in which it is known."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if value is not None:
+                found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _plain_twins(

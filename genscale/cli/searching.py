@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from genscale.cli.app import instantiate
 from genscale.cli.numbers import number_problems
@@ -243,6 +245,12 @@ class SearchProgress:
         return ", ".join(words)
 
 
+def _known(value: Tensor) -> float | None:
+    """Return a number as json has it: None where a reward says nothing."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
 def search_records(batch: Generated) -> list[dict[str, Any]]:
     """Return what is to be known of each sample of a searched batch, as plain containers."""
     found = batch.search
@@ -255,8 +263,8 @@ def search_records(batch: Generated) -> list[dict[str, Any]]:
                 "id": int(batch.ids[prompt]),
                 "prompt": None if batch.captions is None else batch.captions[prompt],
                 "label": None if batch.labels is None else int(batch.labels[prompt]),
-                "rewards": {name: float(value[row]) for name, value in found.rewards.items()},
-                "held_out": {name: float(value[row]) for name, value in found.held_out.items()},
+                "rewards": {name: _known(value[row]) for name, value in found.rewards.items()},
+                "held_out": {name: _known(value[row]) for name, value in found.held_out.items()},
                 "seed": int(found.seeds[row]),
                 "lineage": int(found.lineage[row]),
                 "finished": found.finished,

@@ -26,6 +26,7 @@ _GROUPS = {
     "step_cache": "features of the network reused between steps: faster, not the same samples",
     "search": "test-time search over samples",
     "reward": "what the search looks for",
+    "held_out": "what its samples are judged by, and the search does not see",
     "resolution": "training-free resolution scaling",
     "upscaling": "trained upscalers behind the decoder",
     "metrics": "what is measured",
@@ -38,6 +39,8 @@ _GROUPS = {
     "experiment": "complete published recipes",
     "debug": "short runs that look for mistakes",
 }
+
+_PLACED = {"held_out": "reward"}  # groups whose options are another one's
 
 _WORDS = {
     "trainer": [
@@ -69,11 +72,23 @@ _EXAMPLES = {
         ("run=outputs/latest num_samples=64", "a grid of samples"),
         ("run=outputs/latest labels=[3,7] guidance.scale=2", "of two classes"),
         ("run=outputs/latest format=npz num_samples=10000", "a file for other evaluators"),
+        (
+            "run=outputs/latest search=fk search.particles=8 reward=scenes_soft "
+            "held_out=scenes_exact",
+            "the best of eight particles, steered on the way",
+        ),
     ],
     "evaluate": [
         ("run=outputs/latest num_samples=500", "the metrics of a run"),
         ("run=outputs/latest weights=raw guidance.scale=2", "of the raw weights, with guidance"),
         ("run=outputs/latest metrics=quick", "choose the metrics"),
+    ],
+    "scaling": [
+        (
+            "run=outputs/latest methods=[best_of_n,fk] budgets=[1,2,4,8] reward=scenes_soft "
+            "held_out=scenes_exact",
+            "what more computation buys",
+        ),
     ],
     "export": [
         ("run=outputs/latest out=exported/mine", "the averaged weights, for sample.py and Python"),
@@ -129,7 +144,8 @@ def help_page(config_name: str, conf_dir: Path, program: str) -> str:
     groups = _groups(text, conf_dir)
     lines += ["Groups (group=option; * is the default):"] if groups else []
     for group, chosen in groups.items():
-        options = [f"{n}*" if n == chosen else n for n in _options(conf_dir / group)]
+        folder = conf_dir / (group if (conf_dir / group).is_dir() else _PLACED[group])
+        options = [f"{n}*" if n == chosen else n for n in _options(folder)]
         if options:
             lines += _row(group, f"{_GROUPS.get(group, '')}".strip(), " ".join(options))
     lines += [*([""] if groups else []), "Settings (key=value):"]
@@ -182,8 +198,9 @@ def _groups(text: str, conf_dir: Path) -> dict[str, str | None]:
         if isinstance(entry, dict):
             for key, option in entry.items():
                 group = str(key).removeprefix("optional ").removeprefix("override ").strip("/")
+                group, _, placed = group.partition("@")
                 if (conf_dir / group).is_dir():
-                    groups[group] = option
+                    groups[placed or group] = option
     order = list(_GROUPS)
     return dict(
         sorted(groups.items(), key=lambda g: order.index(g[0]) if g[0] in order else len(order))

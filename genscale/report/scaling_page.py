@@ -70,15 +70,24 @@ def _curves(rows: Sequence[dict[str, Any]]) -> list[Markup]:
 def _chart(rows: Sequence[dict[str, Any]], kind: str, name: str, cost: str, words: str) -> Markup:
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "none"):
-        own = sorted((r for r in rows if r["method"] == method), key=lambda row: _cost(row, cost))
+        known = [r for r in rows if r["method"] == method and name in r[kind]]
+        own = sorted(known, key=lambda row: _cost(row, cost))
         points = [(_cost(row, cost), row[kind][name]["mean"]) for row in own]
-        halves = [row[kind][name]["half"] for row in own]
+        halves = [row[kind][name]["half"] or 0.0 for row in own]
         band = [(y - half, y + half) for (_, y), half in zip(points, halves, strict=True)]
-        if all(x > 0 for x, _ in points) and all(half == half for half in halves):
+        if points and all(x > 0 for x, _ in points):
             lines.append(Line(method, points, band=band))
     if not lines:
         return Markup("")
     return line_chart(name, lines, logarithmic=False, x_label=words, logarithmic_x=True)
+
+
+def interval(value: dict[str, float | None] | None) -> str:
+    """Write a mean with half the width of its 95 % interval."""
+    if value is None or value["mean"] is None:
+        return "-"
+    half = "" if value["half"] is None else f" +- {value['half']:.3f}"
+    return f"{value['mean']:.3f}{half}"
 
 
 def _cost(row: dict[str, Any], name: str) -> float:
@@ -93,8 +102,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Markup:
     for row in rows:
         cells = [row["method"], f"{row['budget']:g}x", number(row["samples"])]
         for kind, name in names:
-            value = row[kind][name]
-            cells.append(f"{value['mean']:.3f} +- {value['half']:.3f}")
+            cells.append(interval(row[kind].get(name)))
         cost = row["cost"]
         cells += [f"{cost['nfe']:.1f}", f"{cost['reward_calls']:.1f}", f"{cost['decodes']:.1f}"]
         cells += [number(cost["eflops"]), number(row["seconds"])]

@@ -28,44 +28,7 @@ from genscale.errors import ConfigError
 from genscale.evaluation import heldout_captions
 from genscale.pipeline import GenerationPipeline
 from genscale.runs import RunFolder
-
-TINY = (
-    "model=dit_text",
-    "debug=smoke",
-    "data=scenes",
-    "data.count=24",
-    "data.heldout_count=8",
-    "data.resolution=16",
-    "text_encoder=words",
-    "text_encoder.token_size=8",
-    "model.hidden_size=16",
-    "model.depth=1",
-    "model.num_heads=2",
-    "model.patch_size=8",
-    "batch_size=8",
-    "trainer.max_steps=4",
-    "callbacks.checkpoint_every=2",
-    "callbacks.sample_every=4",
-    "callbacks.sample_count=4",
-    "sampler.steps=2",
-)
-
-
-@pytest.fixture(scope="module")
-def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import os
-
-    from genscale.cli.app import main
-
-    outputs = tmp_path_factory.mktemp("text") / "outputs"
-    argv = [*TINY, f"paths.outputs={outputs}"]
-    before = os.environ.pop("GENSCALE_RUN_DIR", None)
-    status = main("train", "genscale.cli.train:run", argv=argv)
-    os.environ.pop("GENSCALE_RUN_DIR", None)
-    if before is not None:
-        os.environ["GENSCALE_RUN_DIR"] = before
-    assert status == 0
-    return (outputs / "latest").resolve()
+from tests.cli.conftest import TINY_TEXT
 
 
 def test_the_run_keeps_example_captions_and_a_grid(text_run: Path) -> None:
@@ -198,7 +161,7 @@ def test_interrupted_equals_uninterrupted(text_run: Path, tmp_path: Path, comman
     shutil.copytree(text_run, copy)
     whole = torch.load(copy / "checkpoints" / "step-00000004.ckpt", weights_only=True)
     (copy / "checkpoints" / "step-00000004.ckpt").unlink()
-    answer = command("train", *TINY, f"run_dir={copy}", "resume=latest")
+    answer = command("train", *TINY_TEXT, f"run_dir={copy}", "resume=latest")
     assert answer.status == 0, answer.err
     resumed = torch.load(copy / "checkpoints" / "step-00000004.ckpt", weights_only=True)
     for name, value in whole["state_dict"].items():
@@ -224,7 +187,7 @@ def test_a_run_older_than_text_encoders_goes_on(
 
 class TestStartUp:
     def test_data_without_captions_is_refused(self, command: Any, tmp_path: Path) -> None:
-        words = [word for word in TINY if not word.startswith("data")]
+        words = [word for word in TINY_TEXT if not word.startswith("data")]
         answer = command("train", *words, "data=digits", f"paths.outputs={tmp_path}")
         assert answer.status == 1
         assert "The model reads captions, but data 'digits' has none" in " ".join(
