@@ -78,8 +78,8 @@ class CrossEntropyRun:
         keys = rng.key(self.seed, numbers, Purpose.NEIGHBOUR).to(self.mean.device)
         unit = rng.normal(keys, tuple(self.mean.shape)).to(self.mean.dtype)
         drawn = self.mean + self.variance.sqrt() * unit
-        norms = (each.flatten(1).norm(dim=1) for each in (unit, drawn))
-        ratio = next(norms) / next(norms)
+        wanted, found = (torch.linalg.vector_norm(x.flatten(1), dim=1) for x in (unit, drawn))
+        ratio: Tensor = wanted / found
         return drawn * ratio.view(-1, *([1] * self.mean.dim()))
 
     def tell(self, noises: Tensor, scores: Tensor) -> None:

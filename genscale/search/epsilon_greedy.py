@@ -80,10 +80,12 @@ class EpsilonGreedy(Search):
         engine.record("start", state)
         random = random_steps(engine.sampler, state)
         asked = None if self.rounds is None else self.rounds * self.candidates
-        count = ways_afforded(engine, asked, random, setting="search.rounds")
         for step in range(len(random)):
-            searched = bool(random[step]) and count > 1
             state = engine.evaluate(state)
+            count = 1
+            if bool(random[step]):
+                count = ways_afforded(engine, asked, random, step=step, setting="search.rounds")
+            searched = count > 1
             state = self._step(engine, state, step, count) if searched else engine.advance(state)
         if not searched:
             engine.finish(state)

@@ -33,10 +33,10 @@ def neighbours(pivot: Tensor, directions: Tensor, cosine: Tensor | float) -> Ten
     near = near.expand(way.shape[:2])[..., None]
     far = (1.0 - near**2).clamp(min=0.0).sqrt()
     if old.shape[-1] > 1:
-        radius = old.norm(dim=-1, keepdim=True)
+        radius = torch.linalg.vector_norm(old, dim=-1, keepdim=True)
         unit = old / radius
         way = way - (way * unit).sum(-1, keepdim=True) * unit
-        way = radius * way / way.norm(dim=-1, keepdim=True)
+        way = radius * way / torch.linalg.vector_norm(way, dim=-1, keepdim=True)
     return (near * old + far * way).to(pivot.dtype).view(directions.shape)
 
 
@@ -50,7 +50,7 @@ def cosine_of_step(pivot: Tensor, length: Tensor) -> Tensor:
     Returns:
         ``(B, N)`` float64 on the pivot's device.
     """
-    radius = pivot.double().flatten(1).norm(dim=-1, keepdim=True)
+    radius: Tensor = torch.linalg.vector_norm(pivot.double().flatten(1), dim=-1, keepdim=True)
     size = math.sqrt(pivot[0].numel())
     return (1.0 + (length.to(radius) * size / radius) ** 2).rsqrt()
 

@@ -155,14 +155,23 @@ def afforded(
 
 
 def ways_afforded(
-    engine: Engine, asked: int | None, random: Tensor, *, particles: int = 1, setting: str
+    engine: Engine,
+    asked: int | None,
+    random: Tensor,
+    *,
+    step: int = 0,
+    particles: int = 1,
+    setting: str,
 ) -> int:
-    """Return in how many ways the budget allows every particle to take its steps; at least one.
+    """Return in how many ways the budget allows every particle to take each step; at least one.
+
+    Asked again before every step, it gives later steps what earlier ones could not divide.
 
     Args:
-        engine: what is left, the particles' first evaluations being spent.
+        engine: what is left, the particles' evaluations at ``step`` being spent.
         asked: the most; None takes all there is.
         random: ``(S,)`` bool, of :func:`random_steps`: others are taken in one way.
+        step: where the particles stand.
         particles: a prompt.
         setting: where ``asked`` comes from.
 
@@ -170,12 +179,13 @@ def ways_afforded(
         ConfigError: neither a number nor a limit.
     """
     prices = StepPrices.of(engine)
-    beside = float(prices.kept.sum() + prices.proposal[~random].sum())
     judged_at_the_end = not bool(random[-1])
+    random, proposal = random[step:], prices.proposal[step:]
+    beside = float(prices.kept[step:].sum() + proposal[~random].sum())
     ways = afforded(
         engine,
         asked,
-        each=(particles * float(prices.proposal[random].sum()), particles * float(random.sum())),
+        each=(particles * float(proposal[random].sum()), particles * float(random.sum())),
         fixed=(particles * beside, float(particles * judged_at_the_end)),
         setting=setting,
     )

@@ -85,11 +85,9 @@ class SVDD(Search):
         state = engine.evaluate(engine.start(self.beam))
         engine.record("start", state)
         random = random_steps(engine.sampler, state)
-        count = ways_afforded(
-            engine, self.proposals, random, particles=self.beam, setting="search.proposals"
-        )
         for step in range(len(random)):
-            ways = count if bool(random[step]) else 1
+            state = engine.evaluate(state)
+            ways = self._ways(engine, random, step)
             children = propose(engine, state, ways)
             if ways == 1:  # nothing to choose from
                 state = children
@@ -100,6 +98,19 @@ class SVDD(Search):
             engine.record("keep", state, parents=chosen // ways, value=scores.value[chosen])
         if ways == 1:
             engine.finish(state)
+
+    def _ways(self, engine: Engine, random: Tensor, step: int) -> int:
+        """Return the proposals of each particle at a step: M, or what the budget allows."""
+        if not bool(random[step]):
+            return 1
+        return ways_afforded(
+            engine,
+            self.proposals,
+            random,
+            step=step,
+            particles=self.beam,
+            setting="search.proposals",
+        )
 
     def _choose(self, engine: Engine, scores: Scores, step: int, ways: int) -> Tensor:
         """Return the rows to keep, B a prompt."""

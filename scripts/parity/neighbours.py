@@ -12,13 +12,13 @@ def run(case: Case) -> list[Comparison]:
     """Compare the noises, their angle to the pivot, and their norms."""
     given, expected = case.group("input"), case.group("output")
     pivot = given["pivot"]
-    directions = given["directions"].unflatten(-1, pivot.shape[1:])
+    directions = given["directions"].reshape(*given["directions"].shape[:2], *pivot.shape[1:])
     found = neighbours(pivot, directions, case.config["threshold"])
     flat, old = found.double().flatten(2), pivot.double().flatten(1)[:, None]
     got = {
         "neighbours": found,
         "cosine": torch.cosine_similarity(flat, old, dim=-1),
-        "norm": flat.norm(dim=-1),
+        "norm": torch.linalg.vector_norm(flat, dim=-1),
     }
     words = f"{case.info['tolerance']['abs']:g} abs"
     return [compare_in_words(words, name, got[name], expected[name]) for name in expected]

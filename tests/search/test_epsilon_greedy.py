@@ -54,16 +54,16 @@ class TestCosts:
 
 
 class TestBudget:
-    @pytest.mark.parametrize(("nfe", "candidates"), [(4, 1), (7, 2), (18, 5), (30, 9)])
-    def test_null_takes_what_it_allows(self, engines: Any, nfe: int, candidates: int) -> None:
+    @pytest.mark.parametrize("nfe", [4, 7, 18, 30])
+    def test_null_takes_what_it_allows(self, engines: Any, nfe: int) -> None:
         result = EpsilonGreedy(4, rounds=None).run(engines(budget=Budget(nfe=nfe)))
-        assert result.cost.nfe.tolist() == [1.0 + 3 * candidates] * 2  # the last round is shorter
-        assert result.finished
+        assert result.cost.nfe.tolist() == [float(nfe)] * 2  # the last round of a step is shorter
+        assert result.finished.all()
 
     def test_rewards_too(self) -> None:
         world = world_of("var")
         result = EpsilonGreedy(3, rounds=None).run(world.engine(budget=Budget(reward_calls=23)))
-        assert result.cost.reward_calls.tolist() == [20.0] * 3  # 5 for each of 4 scales
+        assert result.cost.reward_calls.tolist() == [23.0] * 3  # 5, 6, 6, 6
 
 
 def test_more_rounds_never_lower_the_reward_of_a_step(engines: Any) -> None:

@@ -120,7 +120,7 @@ class TestBudget:
             nfe = search.price(engine, paths, width)[0]
             result = search.run(engines(sampler=Euler(10), budget=Budget(nfe=nfe)))
             assert result.cost.nfe.tolist() == [nfe] * 2
-            assert result.finished
+            assert result.finished.all()
 
     def test_less_than_it_takes(self, engines: Any) -> None:
         least = SearchOverPaths().price(engines(sampler=Euler(10)), 1, 1)[0]

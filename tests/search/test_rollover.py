@@ -105,14 +105,14 @@ class TestBudget:
     def test_null_spends_it_all(self, engines: Any, nfe: int) -> None:
         result = Rollover(4, quota=None).run(engines(prompts=3, budget=Budget(nfe=nfe)))
         assert result.cost.nfe.tolist() == [float(nfe)] * 3
-        assert result.finished
+        assert result.finished.all()
 
     @pytest.mark.parametrize("rewards", [6, 9, 20, 31])
     def test_rewards_are_not_exceeded(self, rewards: int) -> None:
         world = world_of("var")
         result = Rollover(4, quota=None).run(world.engine(budget=Budget(reward_calls=rewards)))
         assert result.cost.reward_calls.tolist() == [float(rewards)] * 3
-        assert result.finished
+        assert result.finished.all()
 
     def test_less_than_it_takes(self, engines: Any) -> None:
         with pytest.raises(ConfigError, match=r"budget.reward_calls=5 is smaller than the 6 that"):

@@ -145,15 +145,19 @@ class TestCosts:
 
 
 class TestBudget:
-    @pytest.mark.parametrize(("nfe", "proposals"), [(4, 1), (6, 1), (7, 2), (10, 3), (11, 3)])
-    def test_null_takes_what_it_allows(self, engines: Any, nfe: int, proposals: int) -> None:
-        result = SVDD(None).run(engines(budget=Budget(nfe=nfe)))
-        assert result.cost.nfe.tolist() == [1.0 + 3 * proposals] * 2
-        assert result.finished
+    @pytest.mark.parametrize(
+        ("nfe", "ways"), [(4, [1, 1, 1]), (6, [1, 2, 2]), (7, [2, 2, 2]), (9, [2, 3, 3])]
+    )
+    def test_null_takes_what_it_allows(self, engines: Any, nfe: int, ways: list[int]) -> None:
+        engine = engines(budget=Budget(nfe=nfe))
+        result = SVDD(None).run(engine)
+        assert engine.model.calls == [2, *(2 * m for m in ways)]
+        assert result.cost.nfe.tolist() == [float(nfe)] * 2
+        assert result.finished.all()
 
     def test_a_number_is_the_most(self, engines: Any) -> None:
         result = SVDD(10).run(engines(budget=Budget(reward_calls=8)))
-        assert result.cost.reward_calls.tolist() == [3.0 * 2 + 1] * 2
+        assert result.cost.reward_calls.tolist() == [2.0 + 2 + 3 + 1] * 2
 
     def test_a_beam_that_it_does_not_reach(self, engines: Any) -> None:
         with pytest.raises(ConfigError, match=r"budget.nfe=10 is smaller than the 12 that one"):
