@@ -493,6 +493,11 @@ class GenerationPipeline:
             encoder=None if self.text is None else self.text.encoder,
             guidance=guidance or self.guidance,
         )
+        if search is not None and search.search.returns_many:
+            raise ConfigError(
+                f"search {search.search.label} returns several samples a prompt, but a set holds "
+                "one for each. Choose another search.returns, or call search of the pipeline."
+            )
         start, stop = (num_samples * r // world_size for r in (rank, rank + 1))
         for first in range(start, stop, batch_size):
             ids = torch.arange(first, min(first + batch_size, stop))

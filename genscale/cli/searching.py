@@ -267,7 +267,7 @@ def search_records(batch: Generated) -> list[dict[str, Any]]:
                 "held_out": {name: _known(value[row]) for name, value in found.held_out.items()},
                 "seed": int(found.seeds[row]),
                 "lineage": int(found.lineage[row]),
-                "finished": found.finished,
+                "finished": bool(found.finished[row]),
                 "state_bytes": found.state_bytes,
                 "invalid": found.invalid / len(found.group),
                 "cost": found.cost.row(prompt),

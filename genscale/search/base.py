@@ -35,8 +35,8 @@ class SearchResult:
         genealogy: who descends from whom.
         seeds: ``(n,)`` int64 seeds of the returned particles.
         lineage: ``(n,)`` int64 of them.
-        finished: false where the budget ended before any sample was finished: then these are
-            clean estimates.
+        finished: ``(n,)`` bool; false where the budget ended before a sample of the prompt was
+            finished: then it is a clean estimate.
         invalid: rewards that were not finite, or that the reward called invalid.
         state_bytes: memory of one particle's state.
         seconds: wall-clock seconds of the whole.
@@ -52,7 +52,7 @@ class SearchResult:
     genealogy: Genealogy
     seeds: Tensor
     lineage: Tensor
-    finished: bool
+    finished: Tensor
     invalid: int
     state_bytes: float
     seconds: float
@@ -84,6 +84,11 @@ class Search(ABC):
     def label(self) -> str:
         """What protocols and reports call it: the name, and what changes its results."""
         return type(self).__name__
+
+    @property
+    def returns_many(self) -> bool:
+        """Whether a prompt gets several samples, which sets of one sample each cannot hold."""
+        return False
 
     def problems(self, sampler: Sampler, reward: Reward | None = None) -> list[str]:
         """Return a sentence for everything that keeps this search from this sampler and reward."""

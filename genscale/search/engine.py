@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -18,39 +17,20 @@ from torch import Tensor
 
 from genscale import rng
 from genscale.conditioning.base import Conditioning
-from genscale.errors import ConfigError
 from genscale.rewards.base import Request
 from genscale.rng import Purpose
 from genscale.samplers.base import Sampler, State
-from genscale.search.budget import Budget, BudgetSpent
-from genscale.search.cost import BACKWARD, CostMeter, StepCosts, Work, state_bytes, step_costs
+from genscale.search.answers import Answers, Found
+from genscale.search.budget import Budget
+from genscale.search.cost import StepCosts, Work, state_bytes, step_costs
 from genscale.search.genealogy import Genealogy, Generation
-from genscale.search.scorer import Scorer, Scores, best_first
+from genscale.search.ledger import Ledger
+from genscale.search.scorer import Scorer, Scores
 
 _Result = TypeVar("_Result")
 
-_SLACK = 1e-6  # of an evaluation: what float64 sums may be off by
 
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """The best finished samples so far, ``top`` a prompt at most.
-
-    Attributes:
-        scores: of all prompts that have any.
-        seeds: ``(n,)`` int64.
-        lineage: ``(n,)`` int64.
-        row: ``(n,)`` int64 rows of :attr:`generation`.
-        finished: whether they took all their steps; else they are clean estimates.
-    """
-
-    scores: Scores
-    seeds: Tensor
-    lineage: Tensor
-    finished: bool
-
-
-class Engine:
+class Engine(Ledger):
     """One search under way.
 
     Args:
@@ -91,24 +71,19 @@ class Engine:
         top: int = 1,
         watch: Callable[[Engine], None] | None = None,
     ) -> None:
+        costs = costs or step_costs(sampler, model, cond)
+        super().__init__(len(seeds), budget or Budget(), costs, work)
         self.sampler = sampler
         self.model = model
         self.cond = cond
         self.seeds = seeds.to(device="cpu", dtype=torch.int64)
-        self.num_prompts = len(seeds)
         self.scorer = scorer
-        self.budget = budget or Budget()
-        self.costs = costs or step_costs(sampler, model, cond)
-        self.work = work
         self.micro_batch = micro_batch
         self.top = top
-        self.meter = CostMeter(self.num_prompts)
         self.genealogy = Genealogy()
         self.state_bytes = 0.0
-        self.started = time.perf_counter()
         self._watch = watch
-        self._finished: Answers | None = None
-        self._preview: Answers | None = None
+        self._answers = Answers(self.num_prompts, top, scorer)
         scorer.prepare(list(requests or [Request()] * self.num_prompts))
 
     # ------------------------------------------------------------------ particles
@@ -200,10 +175,18 @@ class Engine:
         """Advance every particle to step ``until``, the end by default.
 
         Each micro-batch goes all the way before the next begins: only its memory is at work.
+
+        Raises:
+            ValueError: particles at different steps, where some would go past ``until``.
         """
         stop = self.sampler.num_steps if until is None else until
         if bool((state.step >= stop).all()):
             return state
+        if stop < self.sampler.num_steps and state.shared_step is None:
+            raise ValueError(
+                f"Particles at steps {sorted(set(state.step.tolist()))} were to stop at step "
+                f"{stop} together. Run those of one step at a time."
+            )
         total = self.costs.evaluate + self.costs.advance
         done = torch.cat((torch.zeros(1, dtype=torch.float64), total.cumsum(0)))
         left = (done[stop] - done[state.step]).clamp(min=0.0)
@@ -246,36 +229,6 @@ class Engine:
                 done.append(work(rows))
             self._report()
         return done
-
-    def count(self, before: State, after: State, *, backward: bool = False) -> None:
-        """Count what one micro-batch spent between two states of the same particles.
-
-        Args:
-            before: a state.
-            after: the same particles later.
-            backward: count the way back through these evaluations, not the evaluations.
-        """
-        spent = after.nfe - before.nfe
-        self.meter.add("backward_calls" if backward else "nfe", before.group, spent)
-        if self.work is None:
-            return
-        spent = spent * BACKWARD if backward else spent
-        last = len(self.work.flops) - 1
-        # of several steps at once, evaluations are spread evenly over them
-        steps = (after.step - before.step).clamp(min=1)
-        places = torch.arange(last + 1)[None]
-        inside = (places >= before.step[:, None].clamp(max=last)) & (
-            places < (before.step.clamp(max=last) + steps)[:, None]
-        )
-        share = inside.double() / inside.sum(1, keepdim=True).clamp(min=1)
-        flops, tokens = (
-            (share * of[None]).sum(1) * spent for of in (self.work.flops, self.work.tokens)
-        )
-        self.meter.add("flops", before.group, flops)
-        self.meter.add("tokens", before.group, tokens)
-        calls = steps.double()
-        traffic = self.work.weight_bytes * calls / len(before) + spent * state_bytes(before)
-        self.meter.add("eflops", before.group, flops + self.work.intensity * traffic)
 
     # ------------------------------------------------------------------ judging
 
@@ -337,10 +290,7 @@ class Engine:
             scores: of them, row by row.
             finished: false of clean estimates, which stand until there are finished samples.
         """
-        if finished:
-            self._finished = self._better(self._finished, scores, state, finished=True)
-        else:
-            self._preview = self._better(self._preview, scores, state, finished=False)
+        self._answers.offer(state, scores, finished=finished)
         self._report()
 
     def settle(self, state: State, scores: Scores, index: Tensor) -> None:
@@ -353,43 +303,22 @@ class Engine:
             scores: of them, row by row.
             index: ``(n,)`` int64 rows to return, prompts in order, as many of each.
         """
-        chosen = state.seeds[index], state.lineage[index]
-        self._finished = Answers(scores.select(index), *chosen, finished=True)
+        self._answers.settle(state, scores, index)
         self._report()
 
-    def _better(
-        self, kept: Answers | None, scores: Scores, state: State, *, finished: bool
-    ) -> Answers:
-        seeds, lineage = state.seeds, state.lineage
-        if kept is not None:
-            scores = Scores.cat((kept.scores, scores))
-            seeds = torch.cat((kept.seeds, seeds))
-            lineage = torch.cat((kept.lineage, lineage))
-        best = best_first(self.scorer.compare(scores), scores.group, self.top)
-        return Answers(scores.select(best), seeds[best], lineage[best], finished)
-
     @property
-    def answers(self) -> Answers:
+    def answers(self) -> Found:
         """The best samples so far: finished ones, or clean estimates before there are any.
 
         Raises:
             ConfigError: nothing was judged yet.
         """
-        for found in (self._finished, self._preview):
-            if found is not None and len(set(found.scores.group.tolist())) == self.num_prompts:
-                return found
-        raise ConfigError(
-            f"The budget ({self.budget}) ended before anything was sampled. Give a larger one."
-        )
+        return self._answers.found
 
     @property
     def best_so_far(self) -> float | None:
         """The mean over the prompts of their best reward so far, or None before there is any."""
-        found = self._finished or self._preview
-        if found is None:
-            return None
-        best = found.scores.select(best_first(found.scores.value, found.scores.group, 1))
-        return float(best.value.mean())
+        return self._answers.mean_best
 
     def record(
         self,
@@ -419,76 +348,6 @@ class Engine:
                 state.lineage,
             )
         )
-
-    # ------------------------------------------------------------------ budget
-
-    def allow(self, group: Tensor, *, nfe: float = 0.0, judged: bool = False) -> None:
-        """Ask for so many evaluations a particle of prompts ``group``, and for a reward each.
-
-        Raises:
-            BudgetSpent: the budget does not allow them.
-        """
-        self._check_nfe(group, torch.full((len(group),), nfe, dtype=torch.float64))
-        if judged:
-            self._check_rewards(group)
-
-    def nfe_left(self) -> Tensor:
-        """Return the evaluations each prompt has left, ``(G,)`` float64; inf without a limit.
-
-        A way back through the network counts as two evaluations.
-        """
-        limit = torch.inf if self.budget.nfe is None else self.budget.nfe
-        return limit - self.meter.nfe - BACKWARD * self.meter.backward_calls
-
-    def rewards_left(self) -> Tensor:
-        """Return the rewards each prompt has left, ``(G,)`` float64; inf without a limit."""
-        limit = torch.inf if self.budget.reward_calls is None else self.budget.reward_calls
-        return limit - self.meter.reward_calls
-
-    def affords(self, *, nfe: float = 0.0, rewards: float = 0.0) -> int:
-        """Return how often every prompt can still pay so much; a large number without a limit."""
-        return int(self.each_affords(nfe=nfe, rewards=rewards).min())
-
-    def each_affords(self, *, nfe: float = 0.0, rewards: float = 0.0) -> Tensor:
-        """Return how often each prompt can still pay so much, ``(G,)`` int64; see :meth:`affords`.
-
-        A search whose prompts spend differently asks for each, so that none depends on another.
-        """
-        times = torch.full((self.num_prompts,), 1 << 30, dtype=torch.int64)
-        for left, price in ((self.nfe_left(), nfe), (self.rewards_left(), rewards)):
-            if price > 0 and bool(left.isfinite().all()):
-                times = times.minimum(((left + _SLACK) / price).floor().long())
-        return times.clamp(min=0)
-
-    @property
-    def seconds(self) -> float:
-        """Wall-clock seconds since the search began."""
-        return time.perf_counter() - self.started
-
-    def _reserve(self, state: State, costs: Tensor) -> None:
-        self._check_nfe(state.group, self._of_step(costs, state.step))
-
-    def _of_step(self, costs: Tensor, step: Tensor) -> Tensor:
-        """Return the cost of each particle's step; 0 for those that have finished."""
-        return torch.cat((costs, costs.new_zeros(1)))[step]
-
-    def _check_nfe(self, group: Tensor, cost: Tensor) -> None:
-        if self.budget.nfe is None:
-            return
-        asked = torch.zeros(self.num_prompts, dtype=torch.float64).index_add_(0, group, cost)
-        if bool((asked > self.nfe_left() + _SLACK).any()):
-            raise BudgetSpent
-
-    def _check_rewards(self, group: Tensor) -> None:
-        if self.budget.reward_calls is None:
-            return
-        asked = torch.bincount(group, minlength=self.num_prompts)
-        if bool((asked > self.rewards_left()).any()):
-            raise BudgetSpent
-
-    def _check_time(self) -> None:
-        if self.budget.seconds is not None and self.seconds >= self.budget.seconds:
-            raise BudgetSpent
 
     # ------------------------------------------------------------------ the machine
 

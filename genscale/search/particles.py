@@ -125,6 +125,11 @@ class FeynmanKac(Search):
         self.compat = compat
 
     @property
+    def returns_many(self) -> bool:
+        """Whether all particles are returned."""
+        return self.returns == "all"
+
+    @property
     def label(self) -> str:
         """The name, and everything that changes the results."""
         if self.steps is not None:

@@ -89,7 +89,7 @@ def keeps(result: SearchResult, budget: Budget) -> None:
     judged = float(result.cost.reward_calls.max())
     assert budget.nfe is None or float(spent(result).max()) <= budget.nfe + 1e-6
     assert budget.reward_calls is None or judged <= budget.reward_calls
-    assert result.finished
+    assert result.finished.all()
     assert result.group.tolist() == list(range(PROMPTS))
     assert bool(result.latents.isfinite().all())
     assert bool(result.images.isfinite().all())

@@ -92,7 +92,7 @@ class TestBudget:
         result = BestOfN(100).run(engines(prompts=1, micro_batch=1, budget=Budget(seconds=10.0)))
         # the clock is read before each of a sample's three micro-batches: run, decode, judge
         assert result.cost.reward_calls.tolist() == [3.0]
-        assert result.finished
+        assert result.finished.all()
 
     def test_no_number_and_no_budget(self, engines: Any) -> None:
         with pytest.raises(ConfigError, match="search has no end"):
@@ -106,6 +106,16 @@ def test_branches_part_and_the_first_goes_on_as_before(engines: Any) -> None:
     copies = engine.run(engine.branch(state, torch.tensor([0, 0, 0])))
     assert torch.equal(copies.x[0], alone.x[0])
     assert len({tuple(x.flatten().tolist()) for x in copies.x}) == 3
+
+
+def test_particles_of_different_steps_do_not_stop_together_on_the_way(engines: Any) -> None:
+    engine = engines(prompts=2)
+    state = engine.start(1)
+    first = torch.tensor([0])
+    state = state.put(first, engine.run(state.select(first), 1))
+    with pytest.raises(ValueError, match=r"steps \[0, 1\] were to stop at step 2"):
+        engine.run(state, 2)
+    assert engine.run(state).step.tolist() == [4, 4]
 
 
 def test_requests_reach_the_reward(engines: Any) -> None:

@@ -118,7 +118,7 @@ class TestBudget:
         spent = result.cost.nfe + 2 * result.cost.backward_calls
         assert spent.tolist() == [12.0 * steps + 3] * 2
         assert sum(engine.model.calls) == result.cost.nfe.sum()
-        assert result.finished
+        assert result.finished.all()
 
     def test_rewards(self, engines: Any) -> None:
         budget = Budget(reward_calls=4)

@@ -349,7 +349,7 @@ class TestSchedule:
         now = iter(range(1000))
         monkeypatch.setattr(Engine, "seconds", property(lambda _: float(next(now))))
         result = FeynmanKac(4, steps=[2]).run(engines(budget=Budget(seconds=5.0)))
-        assert not result.finished
+        assert not result.finished.any()
         assert result.cost.reward_calls.tolist() == [4.0, 4.0]
 
 

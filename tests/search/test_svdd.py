@@ -42,6 +42,19 @@ class TestProposals:
         torch.testing.assert_close(ways.x[::3], plain.x)
         assert len({tuple(x.flatten().tolist()) for x in ways.x}) == 9
 
+    @pytest.mark.parametrize("family", STOCHASTIC)
+    @pytest.mark.parametrize("given", [False, True])
+    def test_a_steps_own_noise_changes_nothing(self, family: str, given: bool) -> None:
+        engine = world_of(family).engine()
+        sampler, noise = engine.sampler, engine.noise(engine.seeds + 1) if given else None
+        state = engine.start(1, noise=noise)
+        one, two = torch.tensor([1]), torch.tensor([2])  # rows of other steps
+        state = state.put(one, engine.run(state.select(one), 1))
+        state = state.put(two, engine.run(state.select(two), 2))
+        own = sampler.step_noise(engine.model, state)
+        assert torch.equal(engine.advance(state, own).x, engine.advance(state).x)
+        assert not torch.equal(engine.advance(state, -own).x, engine.advance(state).x)
+
     def test_scale_wise_models_draw_again_without_the_network(self) -> None:
         world = world_of("var")
         engine = world.engine()

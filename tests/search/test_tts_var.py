@@ -284,7 +284,7 @@ class TestBudget:
     def test_the_schedule_shrinks_into_it(self, nfe: int, samples: int | None) -> None:
         tokens = world("var")
         result = TTSVAR(samples=samples).run(tokens.engine(budget=Budget(nfe=nfe)))
-        assert result.finished
+        assert result.finished.all()
         assert float(result.cost.nfe.max()) <= nfe
         if nfe == 7:
             plain = PlainSampling().run(tokens.engine())
@@ -303,7 +303,7 @@ class TestBudget:
     def test_rewards_are_part_of_it(self) -> None:
         result = TTSVAR(samples=3).run(world("var").engine(budget=Budget(reward_calls=6)))
         assert result.cost.reward_calls.tolist() == [6.0] * PROMPTS
-        assert result.finished
+        assert result.finished.all()
 
     def test_no_number_and_no_budget(self) -> None:
         with pytest.raises(ConfigError, match="search has no end"):

@@ -128,7 +128,7 @@ class TestCost:
     def test_a_way_back_counts_as_two_evaluations(self, engines: Any) -> None:
         result = TwistedSMC(None).run(engines(budget=Budget(nfe=30)))
         assert result.cost.nfe.tolist() == [8.0, 8.0]  # two particles of 4 + 8
-        assert result.finished
+        assert result.finished.all()
         with pytest.raises(ConfigError, match=r"budget.nfe=11 is smaller than the 12"):
             TwistedSMC().run(engines(budget=Budget(nfe=11)))
 
