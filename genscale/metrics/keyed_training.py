@@ -14,21 +14,24 @@ from genscale.rng import Purpose, key, normal, permutation
 Weights = dict[str, Tensor]
 
 
-def keyed_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Weights:
+def keyed_weights(
+    shapes: Mapping[str, tuple[int, ...]], seed: int, *, dtype: torch.dtype = torch.float64
+) -> Weights:
     """Draw keyed normal weights of variance 2 / fan-in (arXiv:1502.01852), and zero biases.
 
     Args:
         shapes: of each layer's weights, outputs first.
         seed: key of the draw.
+        dtype: of the weights.
 
     Returns:
-        ``<layer>`` and ``<layer>_bias``, float64, that require gradients.
+        ``<layer>`` and ``<layer>_bias``, that require gradients.
     """
     weights = {}
     for number, (name, each) in enumerate(shapes.items()):
         drawn = normal(key(seed, number, Purpose.NETWORK), each, dtype=torch.float64)
-        weights[name] = drawn * math.sqrt(2.0 / math.prod(each[1:]))
-        weights[f"{name}_bias"] = torch.zeros(each[0], dtype=torch.float64)
+        weights[name] = (drawn * math.sqrt(2.0 / math.prod(each[1:]))).to(dtype)
+        weights[f"{name}_bias"] = torch.zeros(each[0], dtype=dtype)
     return {name: value.requires_grad_() for name, value in weights.items()}
 
 

@@ -177,7 +177,8 @@ class ClassifierReward(Reward):
         seed = self.settings["seed"]
         probe = None
         if self.kind == "features":
-            probe = Probe(seed=seed, max_size=self.settings["max_size"])
+            same = {name: self.settings[name] for name in ("num_steps", "batch_size", "max_size")}
+            probe = Probe(seed=seed, **same)
             probe.fit(images, labels, recipe)
         side = min(images.shape[2], self.settings["max_size"])
         raw = TrainedClassifier(
@@ -192,7 +193,8 @@ class ClassifierReward(Reward):
         )
         seen = raw.inputs(images.double() / 255.0)
         shift, scale = seen.mean(), seen.std().clamp(min=1e-3)
-        seen, noise = (seen - shift) / scale, self.settings["noise"] / float(scale)
+        # in float32, as the reward computes: the same data and settings give the same weights
+        seen, noise = ((seen - shift) / scale).float(), self.settings["noise"] / float(scale)
 
         def logits(weights: Weights, rows: Tensor, step: int) -> Tensor:
             x = seen[rows]
@@ -202,7 +204,9 @@ class ClassifierReward(Reward):
             return _forward(self.kind, weights, x)
 
         weights = train_classifier(
-            keyed_weights(_shapes(self.kind, tuple(seen.shape[1:]), len(classes)), seed),
+            keyed_weights(
+                _shapes(self.kind, tuple(seen.shape[1:]), len(classes)), seed, dtype=seen.dtype
+            ),
             logits,
             targets,
             num_steps=self.settings["num_steps"],
@@ -217,7 +221,7 @@ class ClassifierReward(Reward):
             side=side,
             shift=shift,
             scale=scale,
-            weights={name: value.float() for name, value in weights.items()},
+            weights=weights,
             probe=probe,
         )
 

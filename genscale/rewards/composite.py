@@ -270,5 +270,5 @@ def mean_ranks(values: Tensor, group: Tensor) -> Tensor:
         if len(rows) > 1:
             below = (own[None] < own[:, None]).sum(1)
             equal = (own[None] == own[:, None]).sum(1)
-            result[rows] = (below + (equal - 1) / 2) / (len(rows) - 1)
+            result[rows] = (below + (equal - 1).to(own) / 2) / (len(rows) - 1)
     return result

@@ -17,7 +17,7 @@ from genscale.rewards.classifier import ClassifierReward, TrainedClassifier
 from genscale.rewards.label_agreement import LabelAgreement
 
 DIGITS = [Request(label=digit) for digit in range(10)]
-BRIEF: dict[str, Any] = {"num_steps": 60, "max_images": 600, "batch_size": 64}
+BRIEF: dict[str, Any] = {"num_steps": 120, "max_images": 600, "batch_size": 64}
 
 
 @pytest.fixture(scope="module")
