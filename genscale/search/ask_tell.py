@@ -13,6 +13,7 @@ from genscale.samplers.base import Sampler
 from genscale.search.base import Search
 from genscale.search.engine import Engine
 from genscale.search.neighbours import deaf_to_noise
+from genscale.search.noises import own_noises, run_noises
 from genscale.search.proposals import check_end
 
 
@@ -20,7 +21,7 @@ class Optimiser(Protocol):
     """One prompt's optimisation under way; higher scores are better."""
 
     def ask(self, count: int) -> Tensor:
-        """Return noises ``(count, ...)`` to try."""
+        """Return noises ``(count, K, ...)`` to try."""
 
     def tell(self, noises: Tensor, scores: Tensor) -> None:
         """Take the scores ``(count,)`` float64 of noises that were asked for; -inf is invalid."""
@@ -41,7 +42,9 @@ class Method(Protocol):
         """Begin one prompt's optimisation.
 
         Args:
-            first: ``(...)`` unit-normal noise of the plain sample, which is judged in any case.
+            first: ``(K, ...)`` unit-normal noise of the plain sample, which is judged in any case.
+                K is 1, or 1 + S with diffusion samplers that draw noise: of the start and each of
+                S steps.
             seed: of all that the optimiser draws: the same seed must ask for the same noises.
         """
 
@@ -51,8 +54,8 @@ class AskTell(Search):
 
     Anything with :class:`Method`'s two members can be driven, another library's optimiser behind a
     class of ten lines, say. The plain sample is judged beside the first population. Diffusion
-    models are searched by their start noise, scale-wise ones by the normal numbers behind their
-    token draws; whatever else a trajectory draws is the same for all noises of a prompt.
+    models are searched by their start noise, and that of every step where steps draw noise;
+    scale-wise ones by the normal numbers behind their token draws.
 
     With n_0 evaluations a sample, K rounds of N cost (1 + K N) n_0 evaluations and 1 + K N rewards.
 
@@ -90,7 +93,7 @@ class AskTell(Search):
     def explore(self, engine: Engine) -> None:
         """Ask, sample, tell."""
         check_end(engine, self.rounds, "search.rounds")
-        plain = engine.noise(engine.seeds)
+        plain = own_noises(engine, engine.seeds)
         optimisers = [
             self.method.begin(first, seed)
             for first, seed in zip(plain, engine.seeds.tolist(), strict=True)
@@ -108,9 +111,8 @@ class AskTell(Search):
             else:
                 return
             size = noise.shape[1]
-            state = engine.start(
-                size, noise=noise.flatten(0, 1), seeds=engine.seeds.repeat_interleave(size)
-            )
+            wanted = torch.ones(noise.shape[:2], dtype=torch.bool)
+            state = run_noises(engine, noise, engine.seeds, wanted)
             scores = engine.finish(state)
             engine.record("start", state, value=scores.value)
             order = engine.scorer.compare(scores).view(-1, size)[:, known.shape[1] :]

@@ -59,7 +59,8 @@ class CrossEntropyRun:
 
     Attributes:
         settings: see there.
-        mean: of the law, shaped as a noise.
+        mean: of the law, ``(K, ...)``: K noises of each sample; see
+            :class:`~genscale.search.ask_tell.Method`.
         variance: of the law.
         seed: of all draws.
         asked: noises so far.
@@ -72,15 +73,15 @@ class CrossEntropyRun:
     asked: int = 0
 
     def ask(self, count: int) -> Tensor:
-        """Draw noises ``(count, ...)``."""
+        """Draw noises ``(count, K, ...)``."""
         numbers = torch.arange(self.asked, self.asked + count)
         self.asked += count
         keys = rng.key(self.seed, numbers, Purpose.NEIGHBOUR).to(self.mean.device)
         unit = rng.normal(keys, tuple(self.mean.shape)).to(self.mean.dtype)
         drawn = self.mean + self.variance.sqrt() * unit
-        wanted, found = (torch.linalg.vector_norm(x.flatten(1), dim=1) for x in (unit, drawn))
-        ratio: Tensor = wanted / found
-        return drawn * ratio.view(-1, *([1] * self.mean.dim()))
+        wanted, found = (torch.linalg.vector_norm(x.flatten(2), dim=2) for x in (unit, drawn))
+        ratio: Tensor = wanted / found  # (count, K)
+        return drawn * ratio.view(*ratio.shape, *([1] * (self.mean.dim() - 1)))
 
     def tell(self, noises: Tensor, scores: Tensor) -> None:
         """Move the law towards the best of these noises."""

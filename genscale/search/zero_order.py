@@ -15,6 +15,7 @@ from genscale.samplers.base import Sampler
 from genscale.search.base import Search
 from genscale.search.engine import Engine
 from genscale.search.neighbours import deaf_to_noise, neighbours
+from genscale.search.noises import own_noises, run_noises
 from genscale.search.proposals import beats, check_end
 from genscale.search.scorer import Scores
 
@@ -26,7 +27,8 @@ class ZeroOrder(Search):
 
     Neighbours lie on the sphere through the pivot, see :mod:`genscale.search.neighbours`. The first
     pivot is the noise of the plain sample, so one sample is the plain one. Diffusion models are
-    searched by their start noise, scale-wise ones by the normal numbers behind their token draws.
+    searched by their start noise, and that of every step where steps draw noise; scale-wise ones by
+    the normal numbers behind their token draws.
 
     With n_0 evaluations a sample, K rounds cost (1 + K N) n_0 evaluations and 1 + K N rewards: a
     pivot's score is remembered. Each restart of ``improve`` adds n_0 and 1. A prompt that cannot
@@ -87,8 +89,7 @@ class ZeroOrder(Search):
         """Sample the pivots' neighbours, a round in one batch, and move the pivots."""
         check_end(engine, self.rounds, "search.rounds")
         size = self.neighbours + 1  # slot 0 is the pivot
-        # neighbours share the seed of all other draws: noise alone makes the difference
-        noise, seeds = engine.noise(engine.seeds), engine.seeds.clone()
+        noise, seeds = own_noises(engine, engine.seeds), engine.seeds.clone()
         parents = torch.full_like(seeds, -1)
         pivots: Scores | None = None  # of prompts whose pivot was sampled
         number = 0
@@ -102,10 +103,8 @@ class ZeroOrder(Search):
             if len(rows) == 0:
                 return
             around = self._around(engine, noise, number)
-            state = engine.start(size, noise=around, seeds=seeds.repeat_interleave(size))
-            state = engine.run(state.select(rows))
-            scores = engine.score(engine.sampler.finish(state), state.group)
-            engine.offer(state, scores)
+            state = run_noises(engine, around, seeds, wanted)
+            scores = engine.finish(state)
             event = "move" if number else "start"
             engine.record(event, state, parents=parents[state.group], value=scores.value)
 
@@ -114,22 +113,29 @@ class ZeroOrder(Search):
             slot = torch.cat((torch.zeros(remembered, dtype=torch.int64), rows % size))
             moved, stuck = self._choose(engine, pool, slot)
             group = pool.group[moved]
-            noise[group.to(noise.device)] = around[rows[moved - remembered].to(noise.device)]
+            taken = rows[moved - remembered].to(noise.device)
+            noise[group.to(noise.device)] = around.flatten(0, 1)[taken]
             parents[group] = moved - remembered
             pivots = pool.select(moved)
             number += 1
             if len(stuck) > 0:
                 parents[stuck] = -1
                 seeds[stuck] = engine.particle_seeds(1, first=number)[stuck]
-                noise[stuck.to(noise.device)] = engine.noise(seeds[stuck])
+                fresh = stuck.to(noise.device)
+                noise[fresh] = own_noises(engine, seeds)[fresh]
 
     def _around(self, engine: Engine, noise: Tensor, number: int) -> Tensor:
-        """Return every prompt's pivot and its neighbours ``(G * (N + 1), ...)``."""
+        """Return every prompt's pivot and its neighbours ``(G, N + 1, K, ...)``.
+
+        Each of the K noises of a neighbour lies on the sphere through the pivot's own.
+        """
         places = torch.arange(self.neighbours)[None]
         keys = rng.key(engine.seeds[:, None], number, places, Purpose.NEIGHBOUR)
         directions = rng.normal(keys.to(noise.device), tuple(noise.shape[1:]))
-        near = neighbours(noise, directions, self.cosine)
-        return torch.cat((noise[:, None], near), 1).flatten(0, 1)
+        near = [
+            neighbours(noise[:, k], directions[:, :, k], self.cosine) for k in range(noise.shape[1])
+        ]
+        return torch.cat((noise[:, None], torch.stack(near, 2)), 1)
 
     def _choose(self, engine: Engine, pool: Scores, slot: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows of ``pool`` that are the next pivots, and the prompts to begin again.

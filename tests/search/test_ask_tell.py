@@ -84,7 +84,7 @@ class TestDoor:
         assert [each.told for each in method.begun] == [7, 7]
 
     @pytest.mark.parametrize(
-        "wrong", [torch.zeros(3, 1, 2, 2), torch.full((2, 1, 2, 2), torch.nan)]
+        "wrong", [torch.zeros(3, 1, 1, 2, 2), torch.full((2, 1, 1, 2, 2), torch.nan)]
     )
     def test_answers_that_do_not_fit_are_refused(self, engines: Any, wrong: Tensor) -> None:
         class Wrong(Climber):

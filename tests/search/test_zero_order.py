@@ -11,8 +11,10 @@ import torch
 from genscale.errors import ConfigError
 from genscale.samplers.next_scale import NextScale
 from genscale.samplers.ode import Euler
+from genscale.samplers.sde import DDIM
 from genscale.search.budget import Budget
 from genscale.search.neighbours import cosine_of_step, deaf_to_noise, neighbours
+from genscale.search.noises import own_noises, run_noises
 from genscale.search.plain import PlainSampling
 from genscale.search.zero_order import ZeroOrder
 from tests.search.families import world as world_of
@@ -86,6 +88,31 @@ def test_improve_never_gets_worse_with_rounds(engines: Any) -> None:
     assert bool((best[-1] > best[0]).any())
 
 
+@pytest.mark.parametrize("family", ["dimr-flow", "dit-ddpm", "var"])
+def test_all_noise_behind_a_sample_gives_it_again(family: str) -> None:
+    engine = world_of(family).engine()
+    plain = engine.run(engine.start(1)).x
+    own = own_noises(engine, engine.seeds)
+    assert own.shape[:2] == (3, 5 if family == "dit-ddpm" else 1)  # of the start, and of four steps
+    wanted = torch.tensor([[True, False], [True, True], [False, True]])
+    both = torch.stack((own, -own), 1)
+    state = run_noises(engine, both, engine.seeds, wanted)
+    assert state.group.tolist() == [0, 1, 1, 2]
+    torch.testing.assert_close(state.x[:2], plain[:2], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(state.x[2:], plain[1:], atol=1e-3)
+    other = run_noises(engine, both, engine.seeds + 1, wanted)  # nothing else is drawn
+    torch.testing.assert_close(other.x, state.x)
+
+
+def test_steps_that_draw_noise_are_searched_too(engines: Any) -> None:
+    """On a flow, eta 1 forgets the start at once: moving it alone would change nothing."""
+    sampler = DDIM(4, eta=1.0)
+    plain = PlainSampling().run(engines(prompts=8, sampler=sampler))
+    result = ZeroOrder(4, rounds=6, cosine=0.8).run(engines(prompts=8, sampler=sampler))
+    gain = result.rewards["reward"] - plain.rewards["reward"]
+    assert float(gain.mean()) > 0.1
+
+
 class TestPivots:
     def rows(self, accept: Any, engines: Any, rounds: int = 6) -> Any:
         engine = engines(prompts=3, sampler=Euler(4))
@@ -146,7 +173,7 @@ def test_it_walks_to_the_brightest_noise_of_its_sphere(engines: Any) -> None:
     assert bool((torch.cosine_similarity(pixels, torch.ones_like(pixels)) > 0.9).all())
 
 
-@pytest.mark.parametrize("family", ["dimr-flow", "var"])
+@pytest.mark.parametrize("family", ["dimr-flow", "dit-ddpm", "var"])
 def test_micro_batches_change_nothing(family: str) -> None:
     world = world_of(family)
     whole, parts = (ZeroOrder(3, rounds=2).run(world.engine(micro_batch=n)) for n in (64, 4))
