@@ -184,16 +184,24 @@ class SearchOverPaths(Search):
         return State.cat([copies, kept]), torch.cat((rows, every))
 
     def _afforded(self, engine: Engine) -> tuple[int, int]:
-        """Return N and M as the budget allows them."""
+        """Return N and M as the budget allows them; fewer paths before there is nothing to choose.
+
+        Noised once and not chosen from, a path only loses what it had.
+        """
         nfe, rewards = float(engine.nfe_left().min()), float(engine.rewards_left().min())
-        paths = self.paths
-        while paths > 1:
-            price = self.price(engine, paths, 1)
-            if price[0] <= nfe and price[1] <= rewards:
-                break
-            paths -= 1
+        some = 1 if self.elite or self.width == 1 else 2
+        fitting = [
+            (count, copies)
+            for copies in (some, 1)
+            for count in range(self.paths, 0, -1)
+            for price in (self.price(engine, count, copies),)
+            if price[0] <= nfe and price[1] <= rewards
+        ]
+        paths, copies = fitting[0] if fitting else (1, 1)
+        if copies < some:
+            return paths, copies
         two, three = self.price(engine, paths, 2), self.price(engine, paths, 3)
         each = three[0] - two[0], float(three[1] - two[1])
         fixed = two[0] - 2 * each[0], two[1] - 2 * each[1]
         width = afforded(engine, self.width, each=each, fixed=fixed, setting="search.width")
-        return paths, max(1, width)
+        return paths, max(copies, width)

@@ -114,9 +114,10 @@ class TestBudget:
         assert spent <= 300 < spent + (two - one)
 
     def test_a_small_one_takes_fewer_copies_and_then_fewer_paths(self, engines: Any) -> None:
+        """One copy alone comes last: there would be nothing to choose."""
         search = SearchOverPaths(3, width=4)
         engine = engines(sampler=Euler(10))
-        for paths, width in ((3, 2), (3, 1), (2, 1), (1, 1)):
+        for paths, width in ((3, 3), (3, 2), (2, 2), (1, 2), (1, 1)):
             nfe = search.price(engine, paths, width)[0]
             result = search.run(engines(sampler=Euler(10), budget=Budget(nfe=nfe)))
             assert result.cost.nfe.tolist() == [nfe] * 2
