@@ -91,10 +91,10 @@ class TestComparisons:
     def test_ranks_are_free_of_scales(self) -> None:
         plain = ordered(two(normalise="rank"), IMAGES, ONE)
         assert plain == pytest.approx([0.5, 0.5, 0.5])  # the two disagree throughout
-        weighted = ordered(two(normalise="rank", weights={"green": 3.0}), IMAGES, ONE)
-        assert weighted == pytest.approx([0.75, 0.5, 0.25])
+        uneven = ordered(two(normalise="rank", weights={"green": 3.0}), IMAGES, ONE)
+        assert uneven == pytest.approx([0.75, 0.5, 0.25])
         scaled = ordered(two(normalise="rank", weights={"green": 3.0}), IMAGES**3, ONE)
-        assert scaled == pytest.approx(weighted)
+        assert scaled == pytest.approx(uneven)
 
     def test_ranks_are_of_a_request_alone(self) -> None:
         values = torch.tensor([5.0, 1.0, 100.0, 7.0, 200.0], dtype=torch.float64)
