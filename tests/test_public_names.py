@@ -26,7 +26,6 @@ THROUGH = {
     "RungeKutta": ("Tableau", "weighted"),
     "ReverseSDE": ("Tail", "diffusion_of", "step_law"),
     "DiffusersSampler": ("check_settings",),
-    "DDIM": ("GaussianSampler",),
     # the guidance of two branches: every subclass has its own tests
     "ClassifierFree": ("BranchGuidance", "Guided", "GuidedView", "MatchedView", "extrapolate"),
     "stacked": ("Stacked",),
@@ -34,11 +33,18 @@ THROUGH = {
     "read_signature": ("Signature",),
     "main": (
         "help_page",  # --help
-        *("train_log", "build_trainer", "usual_callbacks", "summarise"),
+        *("train_log", "build_trainer", "usual_callbacks"),
         "print_values",
         *("settings_problems", "logger_problems", "problem_of"),
         *("is_trainable", "check_trainable", "assemble_trainable", "export_trainable"),
+        # sample.py and evaluate.py with a search, and the scaling study
+        *("search_setup", "build_setup", "plain_cost", "sample_requests", "check_requests"),
+        *("search_records", "write_search", "write_study", "write_search_report"),
+        *("write_scaling_report", "whole_page"),
     ),
+    "D2D": ("Asked", "Detections"),
+    "SceneSoft": ("SoftHandle",),
+    "Engine": ("Ledger",),
     "load_autoencoder": ("save_autoencoder",),
     "reconstructs": ("Reconstructed",),
     # results, whose fields are read
