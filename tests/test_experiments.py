@@ -104,8 +104,8 @@ def composed(experiment: str, *words: str) -> DictConfig:
         return compose("train", overrides=[f"experiment={experiment}", *WORDS, *words])
 
 
-# MSVQ's program was never released: sizes and losses are the paper's, all other numbers ours; the small
-# ones are for a CPU
+# MSVQ's program was never released: sizes and losses are the paper's, all other numbers ours; the
+# small ones are for a CPU
 UNPUBLISHED = {"msvq_openimages", "msvq_scenes", "msvq_emoji"}
 
 
