@@ -20,12 +20,13 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-ENTRIES = ("train", "sample", "evaluate")
+ENTRIES = ("train", "sample", "evaluate", "scaling")
 
 # what makes a command small, put behind its own words
 SMALL = {
     "sample": ("num_samples=4", "sampler.steps=2"),
     "evaluate": ("num_samples=20", "sampler.steps=2", "metrics.metrics=[fd_pixels]"),
+    "scaling": ("num_prompts=2", "sampler.steps=2"),
 }
 # the feature network of metrics=fid needs a weight file: the rest of the command is run
 PIXELS = "metrics.features=[{_target_:genscale.metrics.pixels.Pixels}]"
