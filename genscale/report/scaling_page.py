@@ -43,15 +43,20 @@ def write_scaling_report(
     )
     parts = [header, *_curves(rows), _table(rows), _pictures(folder, rows)]
     with atomic_write(report) as temporary:
-        temporary.write_text(whole_page("Scaling study", *parts), encoding="utf-8")
+        temporary.write_text(whole_page("Scaling study", element("main", *parts)), encoding="utf-8")
     return report
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> list[Markup]:
     """Return a section for each reward, searched for first, with a chart for each cost."""
     sections = []
-    for kind, role in (("rewards", "searched for"), ("held_out", "held out")):
-        for name in rows[0][kind]:
+    parts = [name for name in rows[0]["rewards"] if name != "reward"]
+    for kind, role, names in (
+        ("rewards", "searched for", ["reward"]),
+        ("held_out", "held out", list(rows[0]["held_out"])),
+        ("rewards", "a part of what is searched for", parts),
+    ):
+        for name in names:
             charts = [_chart(rows, kind, name, cost, words) for cost, words in _COSTS.items()]
             shown = [chart for chart in charts if chart]
             sections.append(

@@ -50,7 +50,7 @@ def write_search_report(folder: Path, record: dict[str, Any]) -> Path:
     ]
     report = folder / "search.html"
     with atomic_write(report) as temporary:
-        temporary.write_text(whole_page("Search", *parts), encoding="utf-8")
+        temporary.write_text(whole_page("Search", element("main", *parts)), encoding="utf-8")
     return report
 
 
