@@ -208,3 +208,36 @@ class TestSummary:
         assert mean == 0.5
         # 1.96 standard errors of a fair coin thrown 100 times, with n - 1
         assert half == pytest.approx(1.96 * (0.25 / 99) ** 0.5)
+
+
+def test_processes_share_prompts_and_find_the_same(text_run: Path) -> None:
+    """Prompts are shared out; the particles of one stay together, so nothing else can change."""
+    import torch
+
+    from genscale.pipeline import GenerationPipeline
+    from genscale.rewards.scenes import SceneOracle
+    from genscale.samplers.sde import DDIM
+    from genscale.search.particles import FeynmanKac
+    from genscale.search.setup import SearchSetup
+
+    pipeline = GenerationPipeline.from_run(text_run, device="cpu")
+    pipeline.sampler = DDIM(3, eta=1.0)
+    settings: dict[str, Any] = {
+        "num_samples": 5,
+        "prompts": ["two red circles", "a blue square"],
+        "search": SearchSetup(search=FeynmanKac(particles=3), reward=SceneOracle()),
+    }
+    (whole,) = pipeline.stream(**settings)
+    parts = [
+        batch
+        for rank in (0, 1)
+        for batch in pipeline.stream(**settings, rank=rank, world_size=2, batch_size=2)
+    ]
+    assert torch.equal(torch.cat([part.ids for part in parts]), whole.ids)
+    found = [part.search for part in parts]
+    assert whole.search is not None
+    for name in ("seeds", "lineage"):
+        joined = torch.cat([getattr(each, name) for each in found])
+        assert torch.equal(joined, getattr(whole.search, name))
+    images = torch.cat([part.images for part in parts]).int()
+    assert int((images - whole.images.int()).abs().max()) <= 1  # batches round differently
