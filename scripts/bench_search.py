@@ -90,10 +90,11 @@ def diffusion(device: torch.device) -> tuple[Any, Backbone, Sampler, Callable[[T
 
 
 def scale_wise(device: torch.device) -> tuple[Any, Backbone, Sampler, Callable[[Tensor], Tensor]]:
-    """Return a VAR of seven scales and its tokenizer."""
+    """Return a VAR of seven scales and a small tokenizer."""
     tokenizer = MSVQ(
-        scales=SCALES, vocab_size=512, latent_channels=8, hidden_size=16, norm_groups=8
-    ).to(device)
+        scales=SCALES, vocab_size=512, latent_channels=8, hidden_size=16, norm_groups=8,
+        channel_multipliers=[1, 2, 4], num_blocks=1, attention_levels=[], middle_attention=False,
+    ).to(device)  # fmt: skip
     model = VAR(
         scales=SCALES, vocab_size=512, latent_channels=8, hidden_size=384, depth=8, num_heads=6,
         num_classes=10,

@@ -99,7 +99,9 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
     law = label_law(cfg)
     prompts = _prompts(cfg, pipeline, data)
     setup = search_setup(cfg, pipeline)
-    check_requests(setup, sample_requests(pipeline, law, prompts, cfg.num_samples, cfg.seed))
+    if setup is not None:
+        asked = sample_requests(pipeline, law, prompts, cfg.num_samples, cfg.seed)
+        check_requests(setup, asked)
     settings = {
         "num_samples": cfg.num_samples,
         "labels": law,

@@ -40,9 +40,10 @@ def run(cfg: DictConfig) -> None:
     started = time.perf_counter()
     pipeline, sampler, guidance = load_pipeline(cfg)
     setup = search_setup(cfg, pipeline)
-    prompts = read_prompts(cfg.prompts)
-    asked = sample_requests(pipeline, label_law(cfg), prompts, cfg.num_samples, cfg.seed)
-    check_requests(setup, asked)
+    if setup is not None:
+        prompts = read_prompts(cfg.prompts)
+        asked = sample_requests(pipeline, label_law(cfg), prompts, cfg.num_samples, cfg.seed)
+        check_requests(setup, asked)
     settings = stream_settings(cfg, rank=rank, world_size=world_size)
     ids, images, labels, nfe, searched, spent_on = collect(pipeline, settings, setup=setup)
     if rank == 0:

@@ -165,10 +165,8 @@ def sample_requests(
     return list(dict.fromkeys(requests_of(captions, classes, count)))
 
 
-def check_requests(setup: SearchSetup | None, requests: Sequence[Request]) -> None:
+def check_requests(setup: SearchSetup, requests: Sequence[Request]) -> None:
     """Raise before anything is sampled where a reward cannot judge what is asked for."""
-    if setup is None:
-        return
     problems = [
         problem
         for reward in (setup.reward, *setup.held_out.values())

@@ -319,8 +319,9 @@ class Judge(LearnedReward):
     def _processor(self) -> Any:
         from transformers import AutoProcessor
 
+        processors: Any = AutoProcessor  # its loader has no types
         try:
-            return AutoProcessor.from_pretrained(self.folder.path(), local_files_only=True)
+            return processors.from_pretrained(self.folder.path(), local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
             problem = " ".join(str(error).split()).rstrip(".")[:300]
             raise CheckpointError(
