@@ -43,11 +43,9 @@ def search_setup(cfg: DictConfig, pipeline: GenerationPipeline) -> SearchSetup |
         ConfigError: parts that are missing or do not fit, a sentence each.
     """
     search = instantiate(cfg.search, "search")
-    plain = isinstance(search, PlainSampling)
-    reward, held_out = (_reward(cfg, name) for name in ("reward", "held_out"))
     budget = Budget(**{name: cfg.budget[name] for name in ("nfe", "reward_calls", "seconds")})
-    if reward is None:
-        _refuse_without_reward(cfg, plain=plain, held_out=held_out, budget=budget)
+    if not cfg.reward.get("_target_"):
+        _refuse_without_reward(cfg, search, budget)
         return None
     return build_setup(cfg, search, pipeline, budget)
 
@@ -118,17 +116,16 @@ def _reward(cfg: DictConfig, name: str) -> Reward | None:
     return reward
 
 
-def _refuse_without_reward(
-    cfg: DictConfig, *, plain: bool, held_out: Reward | None, budget: Budget
-) -> None:
+def _refuse_without_reward(cfg: DictConfig, search: Search, budget: Budget) -> None:
     """Raise where something speaks of a search, but there is nothing to search for."""
-    if not plain:
+    if not isinstance(search, PlainSampling):
         raise ConfigError(
-            f"search={type(instantiate(cfg.search, 'search')).__name__} needs something to search "
+            f"search={type(search).__name__} needs something to search "
             "for, but no reward was given. Give reward=scenes, say."
         )
-    if held_out is not None or budget != Budget():
-        what = "held_out" if held_out is not None else "a budget"
+    held_out = cfg.held_out.get("_target_")
+    if held_out or budget != Budget():
+        what = "held_out" if held_out else "a budget"
         raise ConfigError(
             f"{what} was given, but nothing is searched for. Give search=best_of_n and "
             "reward=..., or leave it out."
