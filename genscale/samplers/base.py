@@ -40,7 +40,8 @@ class State:
         history: solver history by name, tensors with a leading particle axis; tokens and logits
             of scale-wise models.
         memory: what the denoiser handed back (nested tensors with a leading particle axis).
-        pending: memory after the current step's evaluation, committed by ``advance``.
+        pending: memory after the current step's evaluation, committed by ``advance``; the object
+            ``memory`` itself where the network wrote into that.
         process: the noising process a diffusion trajectory reverses, the same for all particles.
     """
 
@@ -74,6 +75,9 @@ class State:
         def pick(tensor: Tensor) -> Tensor:
             return tensor[index.to(tensor.device)]
 
+        memory = take_rows(self.memory, index)
+        # where a network writes into its memory in place, both are one: rows are copied once
+        one = self.pending is self.memory
         return State(
             x=pick(self.x),
             cond=self.cond.select(index),
@@ -85,8 +89,8 @@ class State:
             clean=None if self.clean is None else pick(self.clean),
             noise=None if self.noise is None else pick(self.noise),
             history=take_rows(self.history, index),
-            memory=take_rows(self.memory, index),
-            pending=take_rows(self.pending, index),
+            memory=memory,
+            pending=memory if one else take_rows(self.pending, index),
             process=self.process,
             variance=None if self.variance is None else pick(self.variance),
         )
@@ -107,6 +111,8 @@ class State:
             )
         done = not evaluated.pop()
         counts = [len(state) for state in states]
+        memory = cat_tensors([state.memory for state in states], counts)
+        one = all(state.pending is state.memory for state in states)
         return State(
             x=torch.cat([state.x for state in states]),
             cond=Conditioning.cat([state.cond for state in states]),
@@ -118,8 +124,8 @@ class State:
             clean=torch.cat([s.clean for s in states if s.clean is not None]) if done else None,
             noise=cat_tensors([state.noise for state in states]),
             history=cat_tensors([state.history for state in states]),
-            memory=cat_tensors([state.memory for state in states], counts),
-            pending=cat_tensors([state.pending for state in states], counts),
+            memory=memory,
+            pending=memory if one else cat_tensors([state.pending for state in states], counts),
             process=states[0].process,
             variance=cat_tensors([state.variance for state in states]),
         )
@@ -130,18 +136,17 @@ class State:
         Conditions, seeds and groups stay: ``part`` holds the same particles. Both states are
         evaluated or neither is.
         """
-        fields = (
-            *("x", "step", "lineage", "nfe", "clean", "noise", "variance"),
-            *("history", "memory", "pending"),
-        )
+        fields = ("x", "step", "lineage", "nfe", "clean", "noise", "variance", "history", "memory")
         count = len(self)
-        return replace(
-            self,
-            **{
-                name: put_rows(getattr(self, name), index, getattr(part, name), count)
-                for name in fields
-            },
-        )
+        moved = {
+            name: put_rows(getattr(self, name), index, getattr(part, name), count)
+            for name in fields
+        }
+        if self.pending is self.memory and part.pending is part.memory:
+            moved["pending"] = moved["memory"]
+        else:
+            moved["pending"] = put_rows(self.pending, index, part.pending, count)
+        return replace(self, **moved)
 
     def replace(self, **changes: Any) -> State:
         """Return a copy with some fields changed."""

@@ -297,6 +297,8 @@ class NextScale(Sampler):
         logits = _padded(prediction.logits, state.history["logits"].shape[1])
         state = state.replace(
             history={**state.history, "logits": logits},
+            # keys and values were written in place: what was there before is not read again
+            memory=prediction.memory,
             pending=prediction.memory,
             nfe=state.nfe + prediction.cost,
         )

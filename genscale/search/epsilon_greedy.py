@@ -14,7 +14,13 @@ from genscale.samplers.base import State
 from genscale.search.base import Search
 from genscale.search.engine import Engine
 from genscale.search.neighbours import cosine_of_step, neighbours
-from genscale.search.proposals import judge, random_steps, ways_afforded
+from genscale.search.proposals import (
+    judge,
+    random_steps,
+    reunited,
+    unburdened,
+    ways_afforded,
+)
 from genscale.search.scorer import Scores, best_first
 
 
@@ -95,11 +101,12 @@ class EpsilonGreedy(Search):
         every = torch.arange(len(state))
         best_noise = engine.sampler.step_noise(engine.model, state)
         best: tuple[State, Scores] | None = None
+        parents = unburdened(engine, state)
         for done in range(0, count, self.candidates):
             number = min(self.candidates, count - done)
             noise = self._noises(engine, best_noise, step, done, number)
             rows = every.repeat_interleave(number)
-            children = engine.advance(state.select(rows), noise)
+            children = engine.advance(parents.select(rows), noise)
             children, scores = judge(engine, children)
             if best is not None:
                 children = State.cat([best[0], children])
@@ -110,7 +117,7 @@ class EpsilonGreedy(Search):
             best_noise = noise[chosen.to(noise.device)]
         assert best is not None  # count is at least 1
         engine.record("move", best[0], parents=every, value=best[1].value)
-        return best[0]
+        return reunited(engine, best[0], state, every)
 
     def _noises(self, engine: Engine, best: Tensor, step: int, done: int, number: int) -> Tensor:
         """Return ``number`` noises a prompt ``(G * number, ...)`` around the best ``(G, ...)``."""

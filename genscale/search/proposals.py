@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from genscale.errors import ConfigError
+from genscale.objectives.memory import take_rows
 from genscale.samplers.base import Sampler, State
 from genscale.samplers.next_scale import NextScale
 from genscale.samplers.sde import GaussianSampler
@@ -50,10 +51,32 @@ class StepPrices:
         return StepPrices(first, costs.advance + later, torch.zeros_like(later))
 
 
+def unburdened(engine: Engine, state: State) -> State:
+    """Return evaluated scale-wise particles without what their network remembers.
+
+    Keys and values are most of such a particle, all draws of a scale share them, and judging a
+    draw does not read them: only those that are kept take them up again (:func:`reunited`).
+    Diffusion particles stay as they are.
+    """
+    if engine.sampler.family == "diffusion":
+        return state
+    return state.replace(memory=None, pending=None)
+
+
+def reunited(engine: Engine, children: State, parents: State, rows: Tensor) -> State:
+    """Give kept proposals the memory of the particles ``rows`` of ``parents`` they came from."""
+    if engine.sampler.family == "diffusion":
+        return children
+    alone = len(rows) == len(parents) and bool((rows == torch.arange(len(parents))).all())
+    memory = parents.pending if alone else take_rows(parents.pending, rows)
+    return children.replace(memory=memory)
+
+
 def propose(engine: Engine, state: State, count: int, copy: Tensor | None = None) -> State:
     """Take the step of every particle in ``count`` ways, each with noise of its own.
 
-    The first way is the one that the particle would have gone.
+    The first way is the one that the particle would have gone. What is kept of the result goes
+    through :func:`reunited`.
 
     Args:
         engine: counts the step.
@@ -66,7 +89,7 @@ def propose(engine: Engine, state: State, count: int, copy: Tensor | None = None
     """
     state = engine.evaluate(state)
     rows = torch.arange(len(state)).repeat_interleave(count)
-    copies = engine.branch(state, rows, copy)
+    copies = engine.branch(unburdened(engine, state), rows, copy)
     return engine.advance(copies, engine.sampler.step_noise(engine.model, copies))
 
 

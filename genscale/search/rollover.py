@@ -20,6 +20,8 @@ from genscale.search.proposals import (
     judge,
     propose,
     random_steps,
+    reunited,
+    unburdened,
     ways_afforded,
 )
 from genscale.search.scorer import best_first
@@ -118,14 +120,16 @@ class Rollover(Search):
         value = torch.zeros(0, dtype=torch.float64)
         while bool((state.step < len(random)).any()):
             active = (state.step < len(random)).nonzero()[:, 0]
-            children, seen = self._draw(engine, state.select(active), books)
+            parents = unburdened(engine, state).select(active)
+            children, seen = self._draw(engine, parents, books)
             pool = children if best is None else State.cat([best, children])
             value = torch.cat((value, seen))
             chosen = best_first(value, pool.group, 1)
             best, value = pool.select(chosen), value[chosen]
             taken = self._settle(engine, best, value, books)
             if bool(taken.any()):
-                moved = engine.evaluate(best.select(taken.nonzero()[:, 0]))
+                winners = best.select(taken.nonzero()[:, 0])
+                moved = engine.evaluate(reunited(engine, winners, state, winners.group))
                 state = state.put(moved.group, moved)
                 known = torch.full((len(state),), torch.nan, dtype=torch.float64)
                 known[moved.group] = value[taken]

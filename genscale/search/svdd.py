@@ -14,7 +14,7 @@ from genscale.rng import Purpose
 from genscale.samplers.base import Sampler
 from genscale.search.base import Search
 from genscale.search.engine import Engine
-from genscale.search.proposals import judge, propose, random_steps, ways_afforded
+from genscale.search.proposals import judge, propose, random_steps, reunited, ways_afforded
 from genscale.search.scorer import Scores, best_first
 
 
@@ -90,12 +90,13 @@ class SVDD(Search):
             ways = self._ways(engine, random, step)
             children = propose(engine, state, ways)
             if ways == 1:  # nothing to choose from
-                state = children
+                state = reunited(engine, children, state, torch.arange(len(state)))
                 continue
             children, scores = judge(engine, children)
             chosen = self._choose(engine, scores, step, ways)
-            state = children.select(chosen)
-            engine.record("keep", state, parents=chosen // ways, value=scores.value[chosen])
+            parents = chosen // ways
+            state = reunited(engine, children.select(chosen), state, parents)
+            engine.record("keep", state, parents=parents, value=scores.value[chosen])
         if ways == 1:
             engine.finish(state)
 
