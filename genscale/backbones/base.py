@@ -85,10 +85,10 @@ class Backbone(ModelMixin, ConfigMixin):
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape ``(C, H, W)`` of one input at the trained resolution."""
+        """Shape ``(C, H, W)``, of clips ``(C, T, H, W)``, of one input at the trained size."""
         size = self.config["input_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        return (self.config["in_channels"], height, width)
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return (self.config["in_channels"], *sides)
 
     def example(self, shape: tuple[int, ...], device: torch.device | str) -> tuple[Any, ...]:
         """Return arguments of :meth:`forward` for one sample, to count operations with."""

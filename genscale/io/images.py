@@ -81,7 +81,7 @@ def save_png(path: str | Path, image: Tensor) -> None:
         image: ``(C, H, W)`` or ``(1, C, H, W)`` with 1 or 3 channels, uint8 or floating point in
             [-1, 1].
     """
-    picture = _to_pil(_as_batch(image)[0])
+    picture = to_pil(_as_batch(image)[0])
     with atomic_write(path) as temporary:
         picture.save(temporary, format="PNG")
 
@@ -147,7 +147,7 @@ def grid_image(
     for index in range(count):
         row, column = divmod(index, columns)
         x, y = left + column * step_x, top + row * step_y
-        picture = _to_pil(pictures[index]).resize(
+        picture = to_pil(pictures[index]).resize(
             (cell_width, cell_height), Image.Resampling.NEAREST
         )
         paper.paste(picture, (x, y))
@@ -185,6 +185,16 @@ def save_grid(
         grid.save(temporary, format="PNG")
 
 
+def channels_last(images: Tensor) -> Tensor:
+    """Return pictures ``(n, C, H, W)`` or clips ``(n, C, T, H, W)`` as files hold them: C last."""
+    return images.movedim(1, -1).contiguous()
+
+
+def channels_first(images: Tensor) -> Tensor:
+    """Undo :func:`channels_last`."""
+    return images.movedim(-1, 1).contiguous()
+
+
 def save_npz(
     path: str | Path,
     images: Tensor | np.ndarray,
@@ -192,12 +202,13 @@ def save_npz(
 ) -> None:
     """Write samples as ADM's evaluation suite reads them (arXiv:2105.05233), atomically.
 
-    ``arr_0`` is uint8 ``(n, H, W, 3)`` (grey is repeated), ``arr_1``, where labels are given,
-    int64 ``(n,)``. Not compressed, as ADM's own files are not.
+    ``arr_0`` is uint8 ``(n, H, W, 3)``, of clips ``(n, T, H, W, 3)`` (grey is repeated),
+    ``arr_1``, where labels are given, int64 ``(n,)``. Not compressed, as ADM's own files are not.
 
     Args:
         path: file to write; its name should end in ``.npz``.
-        images: uint8 ``(n, H, W, C)`` with 1 or 3 channels, channels last.
+        images: uint8 ``(n, H, W, C)``, or clips ``(n, T, H, W, C)``, with 1 or 3 channels, which
+            come last; see :func:`channels_last`.
         labels: ``(n,)`` integers, or None.
 
     Raises:
@@ -224,7 +235,8 @@ def load_npz(path: str | Path) -> tuple[Tensor, Tensor | None]:
             reference file) are not read.
 
     Returns:
-        Images uint8 ``(n, H, W, 3)``, channels last, and labels int64 ``(n,)`` or None.
+        Images uint8 ``(n, H, W, 3)``, or clips ``(n, T, H, W, 3)``, channels last, and labels
+        int64 ``(n,)`` or None.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -269,7 +281,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     if "arr_0" not in read:
         raise DataError(
             f"{path} has no arr_0 (found: {', '.join(found) or 'nothing'}). "
-            "Samples are uint8 images n x H x W x 3 under the name arr_0."
+            "Samples are uint8 images n x H x W x 3 under the name arr_0, clips n x T x H x W x 3."
         )
     for name, value in read.items():
         if not isinstance(value, np.ndarray):  # numpy hands a member that is no .npy out as bytes
@@ -278,15 +290,16 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _check_pixels(pixels: np.ndarray, path: Path, channels: tuple[int, ...]) -> None:
-    wanted = "uint8 of shape (n, H, W, 3), channels last"
+    wanted = "uint8 of shape (n, H, W, 3) or, of clips, (n, T, H, W, 3), channels last"
     given = f"{pixels.dtype} of shape {pixels.shape}"
     if pixels.dtype != np.uint8:
         hint = "Quantise images in [-1, 1] with genscale.io.images.to_uint8."
-    elif pixels.ndim != 4 or pixels.shape[-1] not in channels:
-        channels_first = pixels.ndim == 4 and pixels.shape[1] in (1, 3)
+    elif pixels.ndim not in (4, 5) or pixels.shape[-1] not in channels:
+        is_first = pixels.ndim in (4, 5) and pixels.shape[1] in (1, 3)
+        order = (0, *range(2, pixels.ndim), 1)
         hint = (
-            "The channels come first: transpose with array.transpose(0, 2, 3, 1)."
-            if channels_first
+            f"The channels come first: transpose with array.transpose{order}."
+            if is_first
             else "Repeat grey three times and lay transparency on white."
         )
     elif 0 in pixels.shape:
@@ -319,8 +332,8 @@ def _as_batch(images: Tensor) -> Tensor:
     return (batch if batch.dtype == torch.uint8 else to_uint8(batch)).cpu()
 
 
-def _to_pil(image: Tensor) -> Image.Image:
-    """Return a uint8 ``(C, H, W)`` tensor as a Pillow picture."""
+def to_pil(image: Tensor) -> Image.Image:
+    """Return a uint8 ``(C, H, W)`` tensor on the CPU as a Pillow picture."""
     from PIL import Image
 
     array = image.permute(1, 2, 0).contiguous().numpy()
