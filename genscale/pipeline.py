@@ -5,15 +5,14 @@ grid shows is what the evaluation measures.
 
     pipeline = GenerationPipeline.from_run("outputs/latest")
     images = pipeline.generate(num_samples=8, labels=[3, 7], seed=0)   # uint8 (8, C, H, W)
+
+Of a model of clips, pictures are clips ``(8, C, T, H, W)``, and nothing else changes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,26 +20,30 @@ import torch
 from torch import Tensor
 
 from genscale import rng
-from genscale.assembly import build
 from genscale.autoencoders.base import Autoencoder
+from genscale.autoencoders.frames import by_frame
 from genscale.autoencoders.offload import OffloadedDecoder
 from genscale.backbones.base import Backbone
 from genscale.conditioning.base import Conditioning
 from genscale.conditioning.labels import LabelLaw, labels_for
-from genscale.conditioning.text import reads_text
-from genscale.errors import CheckpointError, ConfigError
+from genscale.errors import ConfigError
+from genscale.generated import Generated
 from genscale.guidance.base import Guidance
-from genscale.io.files import atomic_write
 from genscale.io.images import to_uint8
-from genscale.io.weights import (
-    assign_strictly,
-    complete_from,
-    read_checkpoint,
+from genscale.io.weights import read_checkpoint
+from genscale.loading import (
+    EXPORTED,
+    choose_device,
+    exported_config,
+    load_model,
+    parts_of,
+    write_exported,
 )
 from genscale.objectives.base import Objective
 from genscale.prompts import prompts_of_set
 from genscale.run_weights import MAIN, Origin, is_exported, read_weights
 from genscale.runs import RunFolder
+from genscale.sample_conditions import sample_conditions
 from genscale.samplers.base import Sampler
 from genscale.samplers.grid import GridSampler
 from genscale.samplers.step_cache import NoStepCache, StepCache
@@ -50,75 +53,7 @@ from genscale.search.setup import SearchSetup, requests_of, work_of
 from genscale.text_cache import TextCache
 from genscale.weak_models import WeakModels
 
-# the parts of a run's config that sampling needs, and TEXT where the model reads text
-EXPORTED = ("model", "autoencoder", "objective", "sampler", "guidance", "data_info")
-TEXT = "text_encoder"
-
-
-@dataclass(frozen=True, slots=True)
-class Generated:
-    """A batch of finished samples.
-
-    Shapes:
-        ids: ``(n,)`` int64 numbers of the samples in their set.
-        images: ``(n, C, H, W)`` uint8.
-        labels: ``(n,)`` int64, or None for an unconditional model.
-        nfe: ``(n,)`` network evaluations spent on each.
-        captions: n prompts, or None for a model that reads no text.
-        search: how they were found, where they were searched for; its rows are the samples.
-    """
-
-    ids: Tensor
-    images: Tensor
-    labels: Tensor | None
-    nfe: Tensor
-    captions: tuple[str, ...] | None = None
-    search: SearchResult | None = None
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """Return a device that is present; None picks CUDA where there is one, else the CPU.
-
-    Raises:
-        ConfigError: ``device`` is no device, or is not present.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"device={device} is no device. Give cpu, cuda, or one of several as cuda:1."
-        ) from error
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if chosen.type == "cuda" and (chosen.index or 0) >= count:
-        present = f"CUDA devices 0 to {count - 1} are" if count else "no CUDA device is"
-        raise ConfigError(
-            f"device={device} was given, but {present} present. "
-            f"Give device={'cuda:0' if count else 'cpu'}, or leave it out."
-        )
-    return chosen
-
-
-def exported_config(folder: Path) -> dict[str, Any]:
-    """Read the config of a folder written by :meth:`GenerationPipeline.save_pretrained`.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    file = folder / "genscale.json"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{folder} is no exported folder: genscale.json and model/ were expected. "
-            "Training writes one into <run>/export."
-        )
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {error}. Export the run again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} holds no mapping. Export the run again.")
-    return config
+__all__ = ["EXPORTED", "Generated", "GenerationPipeline", "choose_device", "exported_config"]
 
 
 class GenerationPipeline:
@@ -134,6 +69,7 @@ class GenerationPipeline:
         class_names: their names, for captions.
         text: encodes prompts, where the model reads them.
         example_captions: prompts of the training data's kind, for where none are given.
+        frame_rate: frames a second that clips are to have where none are given; None: not known.
         precision: dtype of network and decoder; solver states stay float32.
         step_cache: reuse of the network's features between steps; None reuses nothing.
 
@@ -155,6 +91,7 @@ class GenerationPipeline:
         class_names: tuple[str, ...] = (),
         text: TextCache | None = None,
         example_captions: tuple[str, ...] = (),
+        frame_rate: float | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
         step_cache: StepCache | None = None,
     ) -> None:
@@ -169,6 +106,7 @@ class GenerationPipeline:
         self.class_names = class_names
         self.text = text
         self.example_captions = example_captions
+        self.frame_rate = frame_rate
         self.config: dict[str, Any] = {}
         self.origin: Origin | None = None
         self.weak_models = WeakModels(GenerationPipeline.load)
@@ -220,23 +158,7 @@ class GenerationPipeline:
         cls, config: dict[str, Any], model: Backbone | None = None
     ) -> GenerationPipeline:
         """Build a pipeline from a resolved config (plain containers), untrained without a model."""
-        data = config.get("data_info") or {}
-
-        def part(name: str) -> Any:
-            return build(config.get(name), path=name)
-
-        pipeline = cls(
-            model=(part("model") if model is None else model).eval(),
-            autoencoder=part("autoencoder").eval(),
-            objective=part("objective"),
-            sampler=part("sampler"),
-            guidance=part("guidance"),
-            num_classes=int(data.get("num_classes") or 0),
-            class_names=tuple(data.get("class_names") or ()),
-            example_captions=tuple(data.get("example_captions") or ()),
-        )
-        if reads_text(pipeline.model.config):
-            pipeline.text = TextCache(part(TEXT))
+        pipeline = cls(**parts_of(config, model))
         pipeline.config = config
         return pipeline
 
@@ -289,13 +211,9 @@ class GenerationPipeline:
         device: str | torch.device | None,
         hint: str = "",
     ) -> GenerationPipeline:
-        """Build a pipeline around weights; the model is never in memory twice."""
+        """Build a pipeline around weights."""
         device = choose_device(device)
-        make = partial(build, config.get("model"), path="model")
-        with torch.device("meta"):
-            model = make()
-        assign_strictly(model, state, device=device, source=origin.file, hint=hint)
-        complete_from(model, make)
+        model = load_model(config, state, device=device, source=origin.file, hint=hint)
         pipeline = cls.from_config(config, model=model).to(device)
         pipeline.origin = origin
         return pipeline
@@ -307,13 +225,7 @@ class GenerationPipeline:
             folder: created if missing.
             config: the run's resolved config; only what sampling needs is kept.
         """
-        folder = Path(folder)
-        self.model.save_pretrained(folder / "model")
-        with atomic_write(folder / "genscale.json") as temporary:
-            kept = {key: config[key] for key in EXPORTED}
-            if reads_text(self.model.config):
-                kept[TEXT] = config[TEXT]
-            temporary.write_text(json.dumps(kept, indent=2) + "\n")
+        write_exported(self.model, Path(folder), config)
 
     @property
     def device(self) -> torch.device:
@@ -321,12 +233,19 @@ class GenerationPipeline:
         return next(self.model.parameters()).device
 
     @property
+    def makes_clips(self) -> bool:
+        """Whether samples are clips rather than pictures."""
+        return len(self.model.sample_shape) == 4
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
-        """Shape ``(C, H, W)`` of a finished picture."""
-        channels, height, width = self.model.sample_shape
+        """Shape ``(C, H, W)`` of a finished picture, or ``(C, T, H, W)`` of a clip."""
+        channels, *frames, height, width = self.model.sample_shape
+        if frames:  # a sampler may make longer clips than those of the training
+            frames = list(self.sampler.noise_shape(self.model)[1:-2])
         factor = self.autoencoder.downsample
         channels = self.autoencoder.image_channels or channels
-        return (channels, height * factor, width * factor)
+        return (channels, *frames, height * factor, width * factor)
 
     def to(self, device: str | torch.device | None) -> GenerationPipeline:
         """Move network and autoencoder; None picks CUDA where present."""
@@ -382,7 +301,8 @@ class GenerationPipeline:
             guidance: default is the pipeline's.
 
         Returns:
-            images ``(B, C, H, W)`` float32 in about [-1, 1], and network evaluations ``(B,)``.
+            images ``(B, C, H, W)``, or clips ``(B, C, T, H, W)``, float32 in about [-1, 1], and
+            network evaluations ``(B,)``.
         """
         solver = sampler or self.sampler
         guided = self.ready(guidance or self.guidance)
@@ -393,8 +313,32 @@ class GenerationPipeline:
         return images.float(), state.nfe
 
     def _decode(self, latents: Tensor) -> Tensor:
-        images: Tensor = (self._offloaded or self.autoencoder).decode(latents.float())
-        return images
+        return by_frame((self._offloaded or self.autoencoder).decode, latents.float())
+
+    def conditions(
+        self,
+        count: int,
+        *,
+        labels: Tensor | None = None,
+        captions: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+        frame_rate: float | None = None,
+    ) -> Conditioning:
+        """Return the conditions of ``count`` samples as the network reads them.
+
+        The arguments are those of :func:`~genscale.sample_conditions.sample_conditions`; the
+        frame rate is the pipeline's where none is given.
+        """
+        return sample_conditions(
+            self.model,
+            count,
+            labels=labels,
+            captions=captions,
+            negative_prompt=negative_prompt,
+            frame_rate=self.frame_rate if frame_rate is None else frame_rate,
+            image_shape=self.image_shape,
+            text=None if self.text is None else self.text.to(self.device),
+        )
 
     def search(
         self,
@@ -450,6 +394,7 @@ class GenerationPipeline:
         labels: LabelLaw = "balanced",
         prompts: Sequence[str] | None = None,
         negative_prompt: str | None = None,
+        frame_rate: float | None = None,
         seed: int = 0,
         batch_size: int = 64,
         sampler: Sampler | None = None,
@@ -469,6 +414,7 @@ class GenerationPipeline:
             prompts: n texts, of which sample i has number i mod n; where a model reads text and
                 none are given, :attr:`example_captions`.
             negative_prompt: text that guidance leads away from, in place of the empty one.
+            frame_rate: frames a second that clips are to have; default is the pipeline's.
             seed: of the set.
             batch_size: samples at a time.
             sampler: default is the pipeline's.
@@ -503,11 +449,16 @@ class GenerationPipeline:
             ids = torch.arange(first, min(first + batch_size, stop))
             classes = labels_for(labels, ids, num_classes=self.num_classes, seed=seed)
             seeds = rng.sample_seeds(seed, first, len(ids))
-            captions, cond = None, Conditioning(labels=classes)
+            captions = None
             if self.text is not None:
                 captions = tuple(wishes[i % len(wishes)] for i in ids.tolist())
-                text = self.text.to(self.device)
-                cond = text.condition(captions, labels=classes, negative=negative_prompt)
+            cond = self.conditions(
+                len(ids),
+                labels=classes,
+                captions=captions,
+                negative_prompt=negative_prompt,
+                frame_rate=frame_rate,
+            )
             found: SearchResult | None = None
             if search is None:
                 images, nfe = self.sample(cond, seeds, sampler=sampler, guidance=guidance)
@@ -525,12 +476,15 @@ class GenerationPipeline:
         labels: LabelLaw = "balanced",
         prompts: Sequence[str] | None = None,
         negative_prompt: str | None = None,
+        frame_rate: float | None = None,
         seed: int = 0,
         batch_size: int = 64,
         sampler: Sampler | None = None,
         guidance: Guidance | None = None,
     ) -> Tensor:
         """Return ``num_samples`` images as uint8 ``(n, C, H, W)``; see :meth:`stream`.
+
+        Clips are ``(n, C, T, H, W)``.
 
         ``num_samples`` may be left out where ``prompts`` are given: then one for each.
         """
@@ -541,6 +495,7 @@ class GenerationPipeline:
             labels=labels,
             prompts=prompts,
             negative_prompt=negative_prompt,
+            frame_rate=frame_rate,
             seed=seed,
             batch_size=batch_size,
             sampler=sampler,

@@ -42,8 +42,12 @@ MAY_IMPORT = {
     "weak_models": ("guidance", "run_weights"),
     "text_cache": ("io",),
     "prompts": ("guidance",),
+    "loading": ("text_cache", "autoencoders", "backbones", "assembly"),
+    "sample_conditions": ("text_cache", "backbones"),
+    "generated": ("search",),
     "pipeline": (
-        *("weak_models", "run_weights", "text_cache", "prompts"),
+        *("weak_models", "run_weights", "text_cache", "prompts", "loading"),
+        *("sample_conditions", "generated"),
         *("search", "samplers", "autoencoders", "data", "io", "resolution", "upscaling"),
         *("metrics", "assembly", "runs", "dist"),
     ),

@@ -1,0 +1,148 @@
+"""What a trained run or an exported folder says, as a pipeline is built from it."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genscale.assembly import build
+from genscale.backbones.base import Backbone
+from genscale.conditioning.text import reads_text
+from genscale.errors import CheckpointError, ConfigError
+from genscale.io.files import atomic_write
+from genscale.io.weights import assign_strictly, complete_from
+from genscale.text_cache import TextCache
+
+# the parts of a run's config that sampling needs, and TEXT where the model reads text
+EXPORTED = ("model", "autoencoder", "objective", "sampler", "guidance", "data_info")
+TEXT = "text_encoder"
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return a device that is present; None picks CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: ``device`` is no device, or is not present.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device={device} is no device. Give cpu, cuda, or one of several as cuda:1."
+        ) from error
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        present = f"CUDA devices 0 to {count - 1} are" if count else "no CUDA device is"
+        raise ConfigError(
+            f"device={device} was given, but {present} present. "
+            f"Give device={'cuda:0' if count else 'cpu'}, or leave it out."
+        )
+    return chosen
+
+
+def exported_config(folder: Path) -> dict[str, Any]:
+    """Read the config of a folder written by :meth:`GenerationPipeline.save_pretrained`.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    file = folder / "genscale.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} is no exported folder: genscale.json and model/ were expected. "
+            "Training writes one into <run>/export."
+        )
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}. Export the run again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} holds no mapping. Export the run again.")
+    return config
+
+
+def write_exported(model: Backbone, folder: Path, config: dict[str, Any]) -> None:
+    """Write ``model/`` in diffusers' layout and ``genscale.json`` with what sampling needs.
+
+    Args:
+        model: the backbone.
+        folder: created if missing.
+        config: the run's resolved config.
+    """
+    model.save_pretrained(folder / "model")
+    with atomic_write(folder / "genscale.json") as temporary:
+        kept = {key: config[key] for key in EXPORTED}
+        if reads_text(model.config):
+            kept[TEXT] = config[TEXT]
+        temporary.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def load_model(
+    config: dict[str, Any],
+    state: dict[str, Tensor],
+    *,
+    device: torch.device,
+    source: Path,
+    hint: str = "",
+) -> Backbone:
+    """Build the backbone of a config around weights; it is never in memory twice.
+
+    Args:
+        config: the run's resolved config.
+        state: the weights.
+        device: where they go.
+        source: the file they came from, and
+        hint: what to do where they do not fit, for the error.
+
+    Raises:
+        CheckpointError: the weights are of another model.
+    """
+    make = partial(build, config.get("model"), path="model")
+    with torch.device("meta"):
+        model: Backbone = make()
+    assign_strictly(model, state, device=device, source=source, hint=hint)
+    complete_from(model, make)
+    return model
+
+
+def parts_of(config: dict[str, Any], model: Backbone | None = None) -> dict[str, Any]:
+    """Return the arguments of a pipeline as a resolved config (plain containers) says.
+
+    Args:
+        config: of a run, or the part of it that was exported.
+        model: the backbone; None builds an untrained one.
+    """
+    data = config.get("data_info") or {}
+
+    def part(name: str) -> Any:
+        return build(config.get(name), path=name)
+
+    parts = {
+        "model": (part("model") if model is None else model).eval(),
+        "autoencoder": part("autoencoder").eval(),
+        "objective": part("objective"),
+        "sampler": part("sampler"),
+        "guidance": part("guidance"),
+        **facts_of(data),
+    }
+    if reads_text(parts["model"].config):
+        parts["text"] = TextCache(part(TEXT))
+    return parts
+
+
+def facts_of(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a pipeline that tell of the data, from a config's ``data_info``."""
+    rate = data.get("frame_rate")
+    return {
+        "num_classes": int(data.get("num_classes") or 0),
+        "class_names": tuple(data.get("class_names") or ()),
+        "example_captions": tuple(data.get("example_captions") or ()),
+        "frame_rate": None if rate is None else float(rate),
+    }
