@@ -67,6 +67,10 @@ class Backbone(ModelMixin, ConfigMixin):
     """``"BlockClass.attribute"``: modules whose outputs step caching may reuse. Each runs once a
     forward and puts out one tensor ``(B, ...)``."""
 
+    self_conditioning: ClassVar[bool] = False
+    """Whether ``memory`` is ``{"latents": (B, L, D), "known": (B,) bool}``, which may come from
+    another noise level: rows not known are computed as without memory."""
+
     config_name = "config.json"  # type: ignore[assignment]  # the mixin's placeholder is None
 
     def forward(
