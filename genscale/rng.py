@@ -37,6 +37,9 @@ class Purpose(IntEnum):
     SHUFFLE = 11  # the order of the data
     SUBSET = 12  # metrics: random subsets
     SMOOTH = 14  # the Gumbel noise of smooth sampling
+    SELF_CONDITION = 15  # training: which samples remember a first evaluation
+    REFERENCE_LEVEL = 16  # training: how noisy a low-resolution reference is
+    REFERENCE = 17  # the noise of a low-resolution reference
     NETWORK = 13  # a step's seed of torch's own generator (drop-out inside a network)
     CODEBOOK = 20  # training: where codes start, and what dead ones become
     PARTICLE = 21  # search: the seed of a prompt's further particles
@@ -45,6 +48,12 @@ class Purpose(IntEnum):
     NEIGHBOUR = 24  # search: a direction around a noise
     CHOICE = 25  # search: whether to explore
     DIVERSITY = 26  # search: where clusters start
+    PICTURE = 27  # training: which samples of a video model are still pictures
+    PICTURE_ROW = 28  # training: the picture of such a sample
+    CLIP = 29  # training: where in a video a clip begins, and its frame rate
+    HISTORY = 30  # the noise with which finished frames of a video are read again
+    WINDOW = 31  # the order in which frames of a video repeat the start noise of earlier ones
+    CRITIC = 32  # self-forcing: level and noise at which samples are judged
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -11,6 +11,9 @@ both. Coefficients broadcast against x (see :func:`genscale.objectives.base.on`)
 | ``velocity`` | alpha' x_0 + sigma' eps; eps - x_0 on the linear flow | arXiv:2401.08740 |
 | ``score`` | -eps / sigma | arXiv:2011.13456 |
 | ``edm`` | (x_0 - c_skip x_t / alpha) / c_out | EDM, arXiv:2206.00364, eq. 7 (alpha = 1) |
+
+With an input scale k = ``sigma_in`` (arXiv:2402.14797) the target ``edm`` is that of the noise
+s = sigma / (alpha k), of which the network is also told: EDM's target knows nothing of k.
 """
 
 from __future__ import annotations
@@ -31,10 +34,12 @@ class Extras:
     Attributes:
         rates: (alpha', sigma') by time, for ``velocity`` on other paths than the linear flow.
         sigma_data: standard deviation of the data, for ``edm``.
+        sigma_in: what the data are divided by before noise s is added, for ``edm``.
     """
 
     rates: tuple[Tensor, Tensor] | None = None
     sigma_data: float = 0.5
+    sigma_in: float = 1.0
 
 
 _NONE = Extras()
@@ -69,7 +74,7 @@ def target_of(
         return -noise / sigma
     if target == "edm":
         # (x_0 - c_skip (x_0 + sigma eps)) / c_out with the difference taken on paper
-        data, sigma = extras.sigma_data, sigma / alpha
+        data, sigma = extras.sigma_data, sigma / alpha / extras.sigma_in
         return (sigma / data * clean - data * noise) / torch.sqrt(sigma**2 + data**2)
     if extras.rates is not None:
         return extras.rates[0] * clean + extras.rates[1] * noise
@@ -102,10 +107,10 @@ def clean_and_noise(
         return clean_from_noise(x, noise, alpha, sigma), noise
     if target == "edm":
         data, x, sigma = extras.sigma_data, x / alpha, sigma / alpha
-        square = sigma**2 + data**2
-        root = torch.sqrt(square)
-        clean = data**2 / square * x + sigma * data / root * prediction
-        return clean, sigma / square * x - data / root * prediction
+        s = sigma / extras.sigma_in
+        total = sigma * s + data**2
+        part = data * torch.sqrt(s**2 + data**2) / total
+        return data**2 / total * x + sigma * part * prediction, s / total * x - part * prediction
     if extras.rates is not None:
         alpha_rate, sigma_rate = extras.rates
         total = alpha * sigma_rate - sigma * alpha_rate

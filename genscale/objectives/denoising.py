@@ -15,6 +15,7 @@ from genscale.objectives.conversion import Target, network_input, target_of
 from genscale.objectives.network import NetworkView, extras_of, velocity_is_reversed
 from genscale.objectives.pyramid import pyramid_loss
 from genscale.objectives.schedule import NoiseProcess
+from genscale.objectives.self_conditioning import remembered
 from genscale.objectives.time_input import TimeInput, time_input_of
 from genscale.rng import Purpose, StepRandom
 
@@ -34,7 +35,11 @@ class DenoisingObjective(Objective):
             (``aux["pyramid"]``), coarse first; None trains the finest one only; ``"auto"`` asks
             the backbone's ``pyramid_weights`` and means None where it has none.
         sigma_data: standard deviation of the data, for the target ``edm``.
+        sigma_in: its input scale; see :class:`~genscale.objectives.edm.EDM`.
         ignore_variance: accept networks that predict a variance nobody trains.
+        self_conditioning: share of samples trained with what the network remembers of a first
+            evaluation at the same x and time (arXiv:2208.04202), as it will remember the step
+            before in sampling; 0 spends no first evaluation. The others are trained without.
 
     Raises:
         ConfigError: an unknown name or an impossible weight.
@@ -48,7 +53,9 @@ class DenoisingObjective(Objective):
         time_input: TimeInput,
         pyramid_weights: PyramidWeights,
         sigma_data: float = 0.5,
+        sigma_in: float = 1.0,
         ignore_variance: bool = False,
+        self_conditioning: float = 0.0,
     ) -> None:
         _check_choice("target", target, get_args(Target))
         _check_choice("time_input", time_input, get_args(TimeInput))
@@ -56,7 +63,14 @@ class DenoisingObjective(Objective):
         self.target = target
         self.time_input = time_input
         self.sigma_data = float(sigma_data)
+        self.sigma_in = float(sigma_in)
         self.ignore_variance = ignore_variance
+        if not 0.0 <= self_conditioning <= 1.0:
+            raise ConfigError(
+                f"objective.self_conditioning must lie in [0, 1], but is {self_conditioning}. "
+                "0.9 is usual for networks that remember, 0 trains without."
+            )
+        self.self_conditioning = float(self_conditioning)
         self.pyramid_weights: Literal["auto"] | tuple[float, ...] | None
         if pyramid_weights is None or pyramid_weights == "auto":
             self.pyramid_weights = None if pyramid_weights is None else "auto"
@@ -122,9 +136,14 @@ class DenoisingObjective(Objective):
         alpha, sigma = self.process.coefficients(time)
         alpha_x, sigma_x = on(alpha, clean), on(sigma, clean)
         x = alpha_x * clean + sigma_x * noise
-        extras = extras_of(self.target, self.process, time, clean, self.sigma_data)
+        extras = extras_of(self.target, self.process, time, clean, self.sigma_data, self.sigma_in)
         fed = network_input(self.target, x, alpha_x, sigma_x, extras)
-        output = backbone(fed, time_input_of(self.time_input, time, alpha, sigma), batch.cond)
+        number = time_input_of(self.time_input, time, alpha, sigma / self.sigma_in)
+        memory = None
+        if self.self_conditioning > 0.0:
+            known = rng.uniform(Purpose.SELF_CONDITION) < self.self_conditioning
+            memory = remembered(backbone, fed, number, batch.cond, known)
+        output = backbone(fed, number, batch.cond, memory)
         self.check_variance("variance" in output.aux)
         target = target_of(self.target, clean, noise, alpha_x, sigma_x, extras)
         if velocity_is_reversed(self.target, self.time_input):
@@ -136,7 +155,12 @@ class DenoisingObjective(Objective):
     def view(self, backbone: Backbone, tokenizer: Any = None) -> NetworkView:
         """Return the generator view of a trained backbone."""
         return NetworkView(
-            backbone, self.process, self.target, self.time_input, sigma_data=self.sigma_data
+            backbone,
+            self.process,
+            self.target,
+            self.time_input,
+            sigma_data=self.sigma_data,
+            sigma_in=self.sigma_in,
         )
 
     def _compare(
@@ -150,13 +174,14 @@ class DenoisingObjective(Objective):
         predictions = output.aux.get("pyramid") or [output.sample]
         if scale is not None:
             target = on(scale, target) * target
-            predictions = [on(scale, item) * item for item in predictions]
+            # a prediction in half precision is weighed in float32
+            predictions = [on(scale, target) * item.to(target.dtype) for item in predictions]
         weights = self._weights_for(backbone, len(predictions))
         per_sample, errors = pyramid_loss(predictions, target, weights)
         terms: dict[str, Tensor] = {}
         if len(errors) > 1:
             for prediction, error in zip(predictions, errors, strict=True):
-                height, width = prediction.shape[2:]
+                height, width = prediction.shape[-2:]
                 terms[f"loss_{height}x{width}"] = error.detach().mean()
         return LossOutput(per_sample.mean(), terms, per_sample.detach(), time.float())
 

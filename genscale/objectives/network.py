@@ -34,6 +34,7 @@ class NetworkView(Denoiser):
         target: what it predicts.
         time_input: which number it is fed.
         sigma_data: standard deviation of the data, for the target ``edm``.
+        sigma_in: its input scale; the network is told of sigma / sigma_in.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class NetworkView(Denoiser):
         time_input: TimeInput,
         *,
         sigma_data: float = 0.5,
+        sigma_in: float = 1.0,
     ) -> None:
         parameter = next(backbone.parameters())
         self.backbone = backbone
@@ -51,6 +53,7 @@ class NetworkView(Denoiser):
         self.target = target
         self.time_input = time_input
         self.sigma_data = sigma_data
+        self.sigma_in = sigma_in
         self.sample_shape = backbone.sample_shape
         self.device = parameter.device
         self.dtype = parameter.dtype
@@ -74,9 +77,9 @@ class NetworkView(Denoiser):
             own, scale = self._match(level)
             x = x / on(scale, x)
         moment = self.process.time_at(own)
-        time = time_input_of(self.time_input, moment, own.alpha, own.sigma)
+        time = time_input_of(self.time_input, moment, own.alpha, own.sigma / self.sigma_in)
         alpha, sigma = on(own.alpha, x), on(own.sigma, x)
-        extras = extras_of(self.target, self.process, moment, x, self.sigma_data)
+        extras = extras_of(self.target, self.process, moment, x, self.sigma_data, self.sigma_in)
         autocast = torch.is_autocast_enabled(x.device.type)
         # autocast leaves float64 alone, so that it would meet the network's float32 weights
         dtype = torch.float32 if autocast else self.dtype
@@ -105,11 +108,16 @@ class NetworkView(Denoiser):
 
 
 def extras_of(
-    target: Target, process: NoiseProcess, time: Tensor, like: Tensor, sigma_data: float
+    target: Target,
+    process: NoiseProcess,
+    time: Tensor,
+    like: Tensor,
+    sigma_data: float,
+    sigma_in: float = 1.0,
 ) -> Extras:
     """Return what a target needs at times ``(B,)`` or ``(1,)``, on ``like``'s device and dtype."""
     if target != "velocity" or isinstance(process, LinearFlow):  # whose velocity is eps - x_0
-        return Extras(None, sigma_data)
+        return Extras(None, sigma_data, sigma_in)
     alpha_rate, sigma_rate = process.rates(time)
     return Extras((on(alpha_rate, like), on(sigma_rate, like)), sigma_data)
 

@@ -18,11 +18,11 @@ def pyramid_targets(target: Tensor, shapes: Sequence[tuple[int, int]]) -> list[T
     two such sides.
 
     Args:
-        target: ``(B, C, H, W)``.
+        target: ``(B, C, H, W)``, or ``(B, C, T, H, W)``, whose frames are reduced one by one.
         shapes: height and width of each grid, none larger than (H, W).
 
     Returns:
-        One target a grid, ``(B, C, h, w)``, in the order of ``shapes``.
+        One target a grid, ``(B, C, [T,] h, w)``, in the order of ``shapes``.
 
     Raises:
         ValueError: a grid that no window and stride lead to.
@@ -31,8 +31,12 @@ def pyramid_targets(target: Tensor, shapes: Sequence[tuple[int, int]]) -> list[T
 
 
 def _reduce(target: Tensor, height: int, width: int) -> Tensor:
-    if target.shape[2:] == (height, width):
+    if target.shape[-2:] == (height, width):
         return target
+    if target.dim() == 5:
+        frames = target.shape[2]
+        reduced = _reduce(target.transpose(1, 2).flatten(0, 1), height, width)
+        return reduced.unflatten(0, (-1, frames)).transpose(1, 2)
     rows = _window(target.shape[2], height)
     columns = _window(target.shape[3], width)
     sizes, strides, paddings = zip(rows, columns, strict=True)
@@ -63,8 +67,8 @@ def pyramid_loss(
     """Compare predictions at several resolutions with one target.
 
     Args:
-        predictions: ``(B, C, H_r, W_r)`` each, coarse first.
-        target: ``(B, C, H, W)`` at the finest resolution.
+        predictions: ``(B, C, [T,] H_r, W_r)`` each, coarse first.
+        target: ``(B, C, [T,] H, W)`` at the finest resolution.
         weights: one a prediction; 0 keeps a prediction in the graph without teaching it, so that
             data-parallel training sees every parameter used.
 
@@ -72,7 +76,7 @@ def pyramid_loss(
         ``(B,)`` float32 weighted sum over levels of the mean squared error of each, and these
         errors ``(B,)`` by level.
     """
-    shapes = [(prediction.shape[2], prediction.shape[3]) for prediction in predictions]
+    shapes = [(prediction.shape[-2], prediction.shape[-1]) for prediction in predictions]
     targets = pyramid_targets(target.float(), shapes)
     errors = [
         (prediction.float() - level).square().flatten(1).mean(1)

@@ -41,7 +41,7 @@ def time_input_of(kind: TimeInput, time: Tensor, alpha: Tensor, sigma: Tensor) -
         kind: one of the above.
         time: process time t in [0, 1], float64.
         alpha: signal coefficient at t.
-        sigma: noise coefficient at t.
+        sigma: noise coefficient at t, over the input scale where there is one (EDM's sigma_in).
 
     Returns:
         float32, shaped as ``time``.
