@@ -53,23 +53,24 @@ def sample_conditions(
     return cond
 
 
-def check_frame_rate(frame_rate: float, *, clips: bool) -> None:
+def check_frame_rate(frame_rate: object, *, clips: bool) -> None:
     """Raise unless samples of a model can have this frame rate.
 
     Args:
-        frame_rate: frames a second.
+        frame_rate: frames a second, as given.
         clips: whether the model makes clips.
 
     Raises:
-        ConfigError: the model makes pictures, or the rate is not above 0.
+        ConfigError: the model makes pictures, or the rate is no number above 0.
     """
     if not clips:
         raise ConfigError(
-            f"frame_rate={frame_rate:g} was given, but the model makes pictures, which have none. "
+            f"frame_rate={frame_rate} was given, but the model makes pictures, which have none. "
             "Leave it out."
         )
-    if not frame_rate > 0:
+    number = isinstance(frame_rate, int | float) and not isinstance(frame_rate, bool)
+    if not number or not frame_rate > 0:  # type: ignore[operator]
         raise ConfigError(
-            f"frame_rate must be above 0 frames a second, but {frame_rate:g} was given. "
-            "Give e.g. frame_rate=8."
+            f"frame_rate must be a number above 0, frames a second, but {frame_rate} was given. "
+            "Give e.g. frame_rate=8, or inf for still pictures."
         )

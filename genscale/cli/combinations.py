@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from genscale.cli.signatures import read_signature
 from genscale.errors import ConfigError
@@ -78,6 +78,37 @@ def family_problems(
             f"Give guidance={_GUIDANCES[own]}, or guidance=none."
         )
     return problems
+
+
+def frame_problems(model: DictConfig, datamodule: Any) -> list[str]:
+    """Return a sentence where a model of clips meets pictures, one of pictures clips, or lengths.
+
+    Args:
+        model: the model's node, whose ``input_size`` has three sides where it makes clips.
+        datamodule: with ``num_frames``, 0 for pictures.
+    """
+    # not resolved: a size that follows the data cannot be where these have no frames
+    raw = OmegaConf.to_container(model).get("input_size")  # type: ignore[union-attr]
+    makes_clips = isinstance(raw, list) and len(raw) == 3
+    name = str(model.get("_target_")).rpartition(".")[2]
+    frames = datamodule.num_frames
+    if makes_clips and not frames:
+        return [
+            f"{name} makes clips, but data '{datamodule.name}' holds pictures. "
+            "Give data=moving_sprites, say, or another model=..."
+        ]
+    if frames and not makes_clips:
+        return [
+            f"Data '{datamodule.name}' holds clips of {frames} frames, but {name} makes pictures. "
+            "Give model=snap_video, say, or other data=..."
+        ]
+    if makes_clips and isinstance(raw[0], int) and raw[0] != frames:
+        return [
+            f"model.input_size begins with {raw[0]} frames, but the clips of data "
+            f"'{datamodule.name}' have {frames}. Give data.num_frames={raw[0]}, or leave "
+            "model.input_size out."
+        ]
+    return []
 
 
 _PLAIN = {"diffusion": "a diffusion model", "scale_wise": "a scale-wise model"}

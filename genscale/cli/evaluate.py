@@ -21,20 +21,22 @@ from genscale.cli.progress import track
 from genscale.cli.reconstructing import evaluate as evaluate_reconstructions
 from genscale.cli.reconstructing import reconstructs
 from genscale.cli.run_protocol import settle
-from genscale.cli.sample import grid_columns, label_law
+from genscale.cli.sample import grid_columns, label_law, shown_rate
 from genscale.cli.search_results import means
 from genscale.cli.searching import check_requests, sample_requests, search_setup, searched
 from genscale.errors import ConfigError
 from genscale.evaluation import as_record, describe, fit_reference, heldout_captions, measure
 from genscale.io.files import write_json
-from genscale.io.images import load_npz, save_grid, save_npz
+from genscale.io.images import channels_first, channels_last, load_npz, save_npz
+from genscale.io.video import is_clips, save_overview
 from genscale.metrics.protocol import EvalProtocol, MetricValue
 from genscale.pipeline import Generated, choose_device
 from genscale.prompts import read_prompts
 from genscale.run_weights import is_exported
 from genscale.runs import RunFolder, new_folder
 
-GRID = 100  # pictures shown in the report
+GRID = 100  # pictures shown in the report,
+CLIPS = 32  # or clips
 
 
 def run(cfg: DictConfig) -> None:
@@ -51,7 +53,8 @@ def run(cfg: DictConfig) -> None:
     problems = suite.check(num_samples=None if cfg.samples is not None else cfg.num_samples)
     if cfg.samples is not None and not Path(cfg.samples).expanduser().is_file():
         problems.append(
-            f"No samples at samples={cfg.samples}. Give an npz with arr_0 (uint8 NHWC)."
+            f"No samples at samples={cfg.samples}. Give an npz with arr_0 (uint8 NHWC, of clips "
+            "NTHWC)."
         )
     if problems:
         raise ConfigError("\n".join(problems))
@@ -63,7 +66,14 @@ def run(cfg: DictConfig) -> None:
             "seconds": round(time.perf_counter() - started, 2),
             **as_record(values),
         }
-        save_grid(images[:GRID], folder / "grid.png", columns=columns)
+        shown = images[: CLIPS if is_clips(images) else GRID]
+        rate = record.get("frame_rate", cfg.frame_rate)
+        save_overview(
+            shown,
+            folder / "grid.png",
+            frame_rate=None if rate is None else float(rate),
+            columns=columns,
+        )
         write_json(folder / "metrics.json", record)
         print_values(values, record, suite.skipped)
         print(f"numbers: {folder / 'metrics.json'}")
@@ -154,6 +164,8 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
         "nfe_per_sample": nfe,
         "solver_evaluations": pipeline.sampler.nfe(0, pipeline.sampler.num_steps),
     }
+    if pipeline.makes_clips:
+        record |= {"num_frames": pipeline.image_shape[1], "frame_rate": shown_rate(pipeline)}
     if setup is not None:
         record |= _search_summary(setup.label, records)
     images = torch.cat([batch.images for batch in kept]) if kept else torch.zeros(0)
@@ -188,15 +200,14 @@ def _save_samples(folder: Path | None, kept: list[Generated]) -> None:
         torch.cat([b.ids for b in kept]), torch.cat([b.images for b in kept]), torch.cat(labels)
     )
     if folder is not None:
-        array = images.permute(0, 2, 3, 1).contiguous().numpy()
         known = bool((classes >= 0).all())
-        save_npz(folder / "samples.npz", array, classes.numpy() if known else None)
+        save_npz(folder / "samples.npz", channels_last(images), classes if known else None)
 
 
 def _evaluate_files(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tuple[Any, ...]:
     """Measure an npz of samples against a reference file."""
     pixels, labels = load_npz(Path(cfg.samples).expanduser())
-    images = pixels.permute(0, 3, 1, 2).contiguous()
+    images = channels_first(pixels)
     suite.to(choose_device(cfg.device))
     ids = torch.arange(len(images))[rank::world_size]
     batches = (

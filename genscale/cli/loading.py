@@ -16,6 +16,7 @@ from genscale.guidance.autoguidance import Autoguidance
 from genscale.pipeline import GenerationPipeline, exported_config
 from genscale.run_weights import is_exported
 from genscale.runs import RunFolder, new_folder
+from genscale.sample_conditions import check_frame_rate
 from genscale.text_cache import TextCache
 
 _NEXT_SCALE = "genscale.samplers.next_scale.NextScale"
@@ -78,6 +79,9 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
     if cfg.get("step_cache") is not None:
         pipeline.step_cache = instantiate(cfg.step_cache, "step_cache")
     pipeline.set_precision(cfg.precision)
+    if cfg.get("frame_rate") is not None:
+        check_frame_rate(cfg.frame_rate, clips=pipeline.makes_clips)
+        pipeline.frame_rate = float(cfg.frame_rate)
     _place_autoencoder(cfg, pipeline, own["autoencoder"])
     _place_text_encoder(cfg, pipeline, own)
     if cfg.get("offload"):

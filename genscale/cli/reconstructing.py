@@ -58,7 +58,7 @@ def sample(cfg: DictConfig) -> None:
     """Write ``num_samples`` held-out pictures above their reconstructions, in ``format``."""
     from genscale import dist
     from genscale.io.files import write_json
-    from genscale.io.images import save_npz, save_png
+    from genscale.io.images import channels_last, save_npz, save_png
     from genscale.training.callbacks.reconstructions import save_pairs
 
     started = time.perf_counter()
@@ -70,8 +70,8 @@ def sample(cfg: DictConfig) -> None:
         written = folder / "grid.png"
         if cfg.format == "npz":
             written = folder / "samples.npz"
-            labels = found.labels.numpy() if bool((found.labels >= 0).all()) else None
-            save_npz(written, found.made.permute(0, 2, 3, 1).contiguous().numpy(), labels)
+            labels = found.labels if bool((found.labels >= 0).all()) else None
+            save_npz(written, channels_last(found.made), labels)
         elif cfg.format == "png":
             written = folder
             for number, image in enumerate(found.made):

@@ -1,32 +1,27 @@
-"""``python sample.py``: samples of a run as a grid, single pictures, or an npz."""
+"""``python sample.py``: samples of a run as a grid, single pictures or clips, or an npz."""
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from genscale.cli.numbers import check_numbers
-from genscale.errors import ConfigError, did_you_mean
+from genscale.cli.sample_files import check_format, known_format, write_samples
 
-FORMATS = ("grid", "png", "npz")
 CAPTION_LINES = 4  # that a prompt takes below a picture
 
 
 def run(cfg: DictConfig) -> None:
     """Generate ``num_samples`` samples and write them in ``format``."""
-    if cfg.format not in FORMATS:
-        raise ConfigError(
-            f"format must be one of {', '.join(FORMATS)}, but '{cfg.format}' was given."
-            f"{did_you_mean(str(cfg.format), FORMATS)}"
-        )
+    known_format(cfg.format)
     check_numbers(cfg, {"num_samples": 1, "batch_size": 1, "seed": None})
     from genscale.cli.reconstructing import reconstructs
     from genscale.cli.reconstructing import sample as sample_reconstructions
 
     if reconstructs(cfg):
+        check_format(cfg.format, clips=False)
         sample_reconstructions(cfg)
         return
     from genscale import dist
@@ -34,11 +29,13 @@ def run(cfg: DictConfig) -> None:
     from genscale.cli.search_results import write_search
     from genscale.cli.searching import check_requests, sample_requests, search_setup
     from genscale.io.files import write_json
+    from genscale.io.video import save_overview
     from genscale.prompts import read_prompts
 
     rank, world_size = dist.initialise()
     started = time.perf_counter()
     pipeline, sampler, guidance = load_pipeline(cfg)
+    check_format(cfg.format, clips=pipeline.makes_clips)
     setup = search_setup(cfg, pipeline)
     if setup is not None:
         prompts = read_prompts(cfg.prompts)
@@ -49,7 +46,17 @@ def run(cfg: DictConfig) -> None:
     if rank == 0:
         folder = output_folder(cfg, "samples")
         captions = _captions(cfg, pipeline, len(ids))
-        written = _write(cfg, folder, pipeline, images, labels, captions)
+        save_overview(
+            images,
+            folder / "grid.png",
+            frame_rate=pipeline.frame_rate,
+            columns=grid_columns(cfg, pipeline, captions),
+            captions=captions,
+            caption_lines=CAPTION_LINES,
+        )
+        written = write_samples(
+            cfg.format, folder, images, labels, captions, frame_rate=pipeline.frame_rate
+        )
         record = {
             "run": str(cfg.run),
             "checkpoint": str(cfg.checkpoint),
@@ -72,6 +79,8 @@ def run(cfg: DictConfig) -> None:
         }
         if setup is not None:
             record |= {"search": setup.label}
+        if pipeline.makes_clips:
+            record |= {"num_frames": images.shape[2], "frame_rate": shown_rate(pipeline)}
         write_json(folder / "samples.json", record)
         spent = f"{record['nfe_per_sample']:g} network evaluations each"
         if record["step_cache"] != "none":
@@ -127,9 +136,9 @@ def collect(
         setup: how they are searched for; None samples once.
 
     Returns:
-        ids ``(n,)``, images uint8 ``(n, C, H, W)``, labels ``(n,)`` (-1 where there are none),
-        network evaluations ``(n,)``; of a search also a record of each sample, and this process's
-        seconds by kind of work.
+        ids ``(n,)``, images uint8 ``(n, C, H, W)`` or clips ``(n, C, T, H, W)``, labels ``(n,)``
+        (-1 where there are none), network evaluations ``(n,)``; of a search also a record of each
+        sample, and this process's seconds by kind of work.
     """
     import torch
 
@@ -164,35 +173,10 @@ def collect(
     return ids, images, labels, nfe, sorted(joined, key=lambda each: each["id"]), seconds
 
 
-def _write(
-    cfg: DictConfig,
-    folder: Path,
-    pipeline: Any,
-    images: Any,
-    labels: Any,
-    captions: list[str] | None,
-) -> Path:
-    """Write a grid, and the samples in the format asked for; return the path to name."""
-    from genscale.io.images import save_grid, save_npz, save_png
-    from genscale.prompts import as_file_name
-
-    grid = folder / "grid.png"
-    columns = grid_columns(cfg, pipeline, captions)
-    save_grid(images, grid, columns=columns, captions=captions, caption_lines=CAPTION_LINES)
-    if cfg.format == "npz":
-        path = folder / "samples.npz"
-        arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
-        save_npz(path, arrays, labels.numpy() if bool((labels >= 0).all()) else None)
-        return path
-    if cfg.format == "png":
-        width = max(len(str(len(images) - 1)), 5)
-        for i, image in enumerate(images):
-            suffix = f"_class{int(labels[i])}" if int(labels[i]) >= 0 else ""
-            if captions is not None:
-                suffix += f"_{as_file_name(captions[i])}"
-            save_png(folder / f"{i:0{width}d}{suffix}.png", image)
-        return folder
-    return grid
+def shown_rate(pipeline: Any) -> float | str | None:
+    """Return the frame rate that samples were asked for, as JSON can hold it."""
+    rate = pipeline.frame_rate
+    return "inf" if rate == float("inf") else rate
 
 
 def grid_columns(cfg: DictConfig, pipeline: Any, captions: list[str] | None = None) -> int | None:

@@ -214,7 +214,7 @@ def _fill(
 
     from genscale.cli.searching import plain_cost, searched
     from genscale.io.files import write_json
-    from genscale.io.images import save_grid
+    from genscale.io.video import save_overview
     from genscale.search.budget import Budget
 
     if search is not None:
@@ -236,7 +236,7 @@ def _fill(
         assert batch.search is not None
         seconds += batch.search.seconds
     grid = file.with_suffix(".png")
-    save_grid(torch.cat(images)[:32], grid, columns=8)
+    save_overview(torch.cat(images)[:32], grid, frame_rate=pipeline.frame_rate, columns=8)
     write_json(
         file,
         {

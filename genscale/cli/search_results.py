@@ -87,7 +87,7 @@ def _plain_twins(
     import torch
 
     from genscale.cli.sample import CAPTION_LINES, grid_columns
-    from genscale.io.images import save_grid
+    from genscale.io.video import save_overview
 
     plain = replace(setup, search=PlainSampling(), budget=Budget())
     count = min(cfg.num_samples, SHOWN)
@@ -98,11 +98,11 @@ def _plain_twins(
         records += found
     captions = [c for batch in batches for c in batch.captions or ()] or None
     images: Tensor = torch.cat([batch.images for batch in batches])
-    columns = grid_columns(cfg, pipeline, captions)
-    save_grid(
+    save_overview(
         images,
         folder / "before.png",
-        columns=columns,
+        frame_rate=pipeline.frame_rate,
+        columns=grid_columns(cfg, pipeline, captions),
         captions=captions,
         caption_lines=CAPTION_LINES,
     )

@@ -19,11 +19,11 @@ from torch import Tensor
 from genscale.cli.app import instantiate
 from genscale.cli.numbers import number_problems
 from genscale.cli.progress import track
-from genscale.conditioning.base import Conditioning
 from genscale.conditioning.labels import LabelLaw, labels_for
 from genscale.errors import ConfigError
 from genscale.pipeline import Generated, GenerationPipeline
 from genscale.rewards.base import Request, Reward
+from genscale.rewards.frames import FrameReward
 from genscale.search.base import Search
 from genscale.search.budget import Budget
 from genscale.search.engine import Engine
@@ -59,7 +59,8 @@ def build_setup(
     """Put a search and the rewards of a command line together.
 
     Args:
-        cfg: with ``reward``, ``held_out``, ``same_reward``, ``micro_batch`` and ``run``.
+        cfg: with ``reward``, ``held_out``, ``reward_frames``, ``same_reward``, ``micro_batch``
+            and ``run``.
         search: the algorithm.
         pipeline: of the run.
         budget: the most to spend.
@@ -67,7 +68,7 @@ def build_setup(
     Raises:
         ConfigError: parts that are missing or do not fit, a sentence each.
     """
-    reward, held_out = (_reward(cfg, name) for name in ("reward", "held_out"))
+    reward, held_out = (_reward(cfg, name, pipeline) for name in ("reward", "held_out"))
     if reward is None:
         raise ConfigError("There is nothing to search for. Give reward=scenes, say.")
     problems = number_problems(cfg, {"micro_batch": 1})
@@ -81,7 +82,7 @@ def build_setup(
         budget=budget or Budget(),
         micro_batch=cfg.micro_batch,
     )
-    problems += setup.problems(pipeline.sampler)
+    problems += setup.problems(pipeline.sampler, clips=pipeline.makes_clips)
     if problems:
         raise ConfigError("\n".join(problems))
     fit(setup, cfg.run)
@@ -91,11 +92,8 @@ def build_setup(
 def plain_cost(pipeline: GenerationPipeline, prompts: Sequence[str] | None) -> float:
     """Return the network evaluations of one plain sample, guidance branches counted."""
     classes = torch.zeros(1, dtype=torch.int64) if pipeline.num_classes else None
-    cond = Conditioning(labels=classes)
-    if pipeline.text is not None:
-        text = pipeline.text.to(pipeline.device)
-        cond = text.condition([(prompts or pipeline.example_captions)[0]])
-    return pipeline.step_costs(cond).total
+    wish = None if pipeline.text is None else [(prompts or pipeline.example_captions)[0]]
+    return pipeline.step_costs(pipeline.conditions(1, labels=classes, captions=wish)).total
 
 
 def fit(setup: SearchSetup, run: Any) -> None:
@@ -109,11 +107,19 @@ def fit(setup: SearchSetup, run: Any) -> None:
             reward.fit(data)
 
 
-def _reward(cfg: DictConfig, name: str) -> Reward | None:
+def _reward(cfg: DictConfig, name: str, pipeline: GenerationPipeline) -> Reward | None:
+    """Build a reward; of clips, one for pictures judges the frames where that is asked for."""
     if not cfg[name].get("_target_"):
         return None
     reward: Reward = instantiate(cfg[name], name)
-    return reward
+    if cfg.reward_frames is None:
+        return reward
+    if not pipeline.makes_clips:
+        raise ConfigError(
+            f"reward_frames={cfg.reward_frames} was given, but the model makes pictures, which "
+            "have no frames. Leave it out."
+        )
+    return reward if reward.clips else FrameReward(reward, cfg.reward_frames)
 
 
 def _refuse_without_reward(cfg: DictConfig, search: Search, budget: Budget) -> None:

@@ -143,20 +143,20 @@ def _callbacks(
 
 def module_pipeline(cfg: DictConfig, module: Any) -> Any:
     """Return a pipeline over the module's own average: it always samples the current one."""
+    from genscale.loading import facts_of
     from genscale.pipeline import GenerationPipeline
 
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     pipeline = GenerationPipeline(
         model=module.ema,
         autoencoder=module.autoencoder,
         objective=module.objective,
         sampler=instantiate(cfg.sampler, "sampler"),
         guidance=instantiate(cfg.guidance, "guidance"),
-        num_classes=int(cfg.data_info.num_classes or 0),
-        class_names=tuple(cfg.data_info.class_names),
         text=module.text,
-        example_captions=tuple(cfg.data_info.get("example_captions") or ()),
+        **facts_of(config["data_info"]),
     )
-    pipeline.config = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    pipeline.config = config
     _guide_by_own_average(pipeline, module)
     return pipeline
 

@@ -21,13 +21,13 @@ def model_card(
         use: code or a command that loads the folder.
         notes: what a user must know besides, a sentence each.
     """
-    channels, height, width = model.sample_shape
+    shape = model.sample_shape
     name = type(model).__name__
     lines = [
         f"# {name}",
         "",
         f"{parameter_count(model):,} parameters, {config['data_info'].get('num_classes') or 'no'} "
-        f"classes, inputs of {channels} x {height} x {width}. {origin}",
+        f"classes, inputs of {' x '.join(map(str, shape))}. {origin}",
         "",
         "```",
         use,

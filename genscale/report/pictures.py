@@ -8,6 +8,7 @@ from pathlib import Path
 
 from genscale.report.markup import Markup, element, void
 
+MAX_PLAYED = 4_000_000  # bytes of a grid that plays; larger ones are left to their file
 MAX_WIDTH = 1400  # pixels; wider grids are shrunk, or a page of them would weigh a hundred MB
 _SMALL = 700  # pixels; narrower grids are enlarged with sharp pixels
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -15,6 +16,9 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 def picture(path: Path, caption: str, *, alt: str) -> Markup:
     """Return a PNG file as a figure; a damaged file becomes a plain sentence.
+
+    Where the file is the contact sheet of clips, a WebP of its name lies beside it: what plays is
+    shown before the sheet.
 
     Args:
         path: the file.
@@ -36,15 +40,39 @@ def picture(path: Path, caption: str, *, alt: str) -> Markup:
             return element("p", f"{path.name} is damaged: {error}.", class_="missing")
         caption = f"{caption} (shrunk from {width} pixels width)"
         width = MAX_WIDTH
-    image = void(
+    image = _image(data, "png", width, height, alt)
+    parts = [*_played(path.with_suffix(".webp"), alt), image, element("figcaption", caption)]
+    return element("figure", *parts, class_="picture")
+
+
+def _played(path: Path, alt: str) -> list[Markup]:
+    """Return the WebP of a path as an image, a sentence in its place, or nothing without one."""
+    from PIL import Image
+
+    if not path.is_file():
+        return []
+    size = path.stat().st_size
+    if size > MAX_PLAYED:
+        words = f"{path.name} plays the clips; its {size / 1e6:.0f} MB are not part of this page."
+        return [element("p", words, class_="missing")]
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=["WEBP"]) as image:
+            width, height = image.size
+    except Exception as error:  # Pillow has many words for a damaged file
+        return [element("p", f"{path.name} is damaged: {error}.", class_="missing")]
+    return [_image(data, "webp", width, height, f"{alt}, playing")]
+
+
+def _image(data: bytes, kind: str, width: int, height: int, alt: str) -> Markup:
+    return void(
         "img",
-        src=f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}",
+        src=f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}",
         width=width,
         height=height,
         alt=alt,
         class_="sharp" if width < _SMALL else None,
     )
-    return element("figure", image, element("figcaption", caption), class_="picture")
 
 
 def _shrink(data: bytes) -> tuple[bytes, int]:

@@ -56,6 +56,7 @@ class Reward(ABC):
             no potential, so particle methods refuse them.
         licence: of the weights, told to people; empty where there are none.
         learns: whether :meth:`fit` must be called before the first score.
+        clips: whether it judges clips ``(B, C, T, H, W)`` rather than pictures.
     """
 
     needs: frozenset[Need] = frozenset()
@@ -63,6 +64,7 @@ class Reward(ABC):
     potential: bool = True
     licence: str = ""
     learns: bool = False
+    clips: bool = False
 
     @property
     def label(self) -> str:
@@ -100,7 +102,8 @@ class Reward(ABC):
         """Judge pictures.
 
         Args:
-            images: ``(B, C, H, W)`` float32 in [0, 1], never quantised by the caller.
+            images: ``(B, C, H, W)`` float32 in [0, 1], never quantised by the caller; clips
+                ``(B, C, T, H, W)`` where :attr:`clips`.
             handle: from :meth:`prepare`.
             index: ``(B,)`` int64 on the CPU, which request each picture belongs to.
         """

@@ -15,7 +15,9 @@ from genscale.errors import ConfigError, DataError
 from genscale.rewards.base import Need, Request, Reward, RewardOutput
 
 Judgement = Callable[..., Tensor]
-"""``(images (B, C, H, W) in [0, 1], requests, **settings) -> (B,)``; a request a picture."""
+"""``(images (B, C, H, W) in [0, 1], requests, **settings) -> (B,)``; a request a picture.
+
+Clips are ``(B, C, T, H, W)``."""
 
 
 class FunctionReward(Reward):
@@ -29,6 +31,7 @@ class FunctionReward(Reward):
         settings: further keyword arguments of the function.
         needs: what it reads of a request: ``caption``, ``label``.
         differentiable: whether gradients reach the pictures through it.
+        clips: whether it is called with clips ``(B, C, T, H, W)`` in the place of pictures.
 
     Raises:
         ConfigError: ``needs`` names something else.
@@ -41,6 +44,7 @@ class FunctionReward(Reward):
         settings: Mapping[str, Any] | None = None,
         needs: Sequence[Need] = (),
         differentiable: bool = False,
+        clips: bool = False,
     ) -> None:
         for each in needs:
             if each not in get_args(Need):
@@ -52,6 +56,7 @@ class FunctionReward(Reward):
         self.settings = dict(settings or {})
         self.needs = frozenset(needs)
         self.differentiable = differentiable
+        self.clips = clips
         self._found: Judgement | None = None
 
     @property

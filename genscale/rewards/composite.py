@@ -91,6 +91,7 @@ class Composite(Reward):
         self.differentiable = alone and all(each.differentiable for each in every)
         self.potential = alone and all(each.potential for each in every)
         self.learns = any(each.learns for each in every)
+        self.clips = any(each.clips for each in every)
         self.licence = "; ".join(dict.fromkeys(each.licence for each in every if each.licence))
         self._range: dict[str, Range] = {}
 
@@ -119,8 +120,16 @@ class Composite(Reward):
         return f"Composite({' + '.join(terms)}, {self.normalise}{bounds})"
 
     def check(self) -> list[str]:
-        """Return what the rewards lack."""
-        return [each for reward in self.rewards.values() for each in reward.check()]
+        """Return what the rewards lack; none of pictures judges beside one of clips."""
+        mixed = [each for each in self.rewards.values() if each.clips != self.clips]
+        return [
+            *(each for reward in self.rewards.values() for each in reward.check()),
+            *(
+                f"reward {each.label} judges pictures, but others of the composite judge clips. "
+                "Put it into genscale.rewards.frames.FrameReward, or leave it out."
+                for each in mixed
+            ),
+        ]
 
     def problems(self, requests: Sequence[Request]) -> list[str]:
         """Return what the requests lack for each reward."""

@@ -27,7 +27,7 @@ class SearchResult:
 
     Attributes:
         latents: ``(n, ...)`` what was decoded.
-        images: ``(n, C, H, W)`` float32 in about [-1, 1].
+        images: ``(n, C, H, W)``, or clips ``(n, C, T, H, W)``, float32 in about [-1, 1].
         group: ``(n,)`` int64 prompts.
         rewards: ``(n,)`` float64 of what was searched for, by name: ``reward`` and its parts.
         held_out: ``(n,)`` float64 rewards that the search did not see, by name.

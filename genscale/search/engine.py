@@ -233,7 +233,7 @@ class Engine(Ledger):
     # ------------------------------------------------------------------ judging
 
     def decode(self, latents: Tensor, group: Tensor) -> Tensor:
-        """Return pictures ``(n, C, H, W)`` in about [-1, 1]; each is counted as a decode."""
+        """Return pictures or clips, in about [-1, 1]; each sample is counted as a decode."""
         images = []
         for rows in self._split(len(latents)):
             self._check_time()

@@ -12,7 +12,8 @@ from torch import Tensor
 from genscale.rewards.base import Request, Reward, RewardOutput
 
 Decode = Callable[[Tensor], Tensor]
-"""Latents ``(B, ...)`` -> pictures ``(B, C, H, W)`` in about [-1, 1]."""
+"""Latents ``(B, ...)`` -> pictures ``(B, C, H, W)``, or clips ``(B, C, T, H, W)``, in about
+[-1, 1]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Scores:
         value: ``(n,)`` float64; -inf where the reward was not finite or not valid.
         group: ``(n,)`` int64 prompts.
         latents: ``(n, ...)`` what was judged.
-        images: ``(n, C, H, W)`` in [-1, 1], as decoded.
+        images: ``(n, C, H, W)``, or clips ``(n, C, T, H, W)``, in [-1, 1], as decoded.
         parts: what the value is made of, ``(n,)`` float64 each.
     """
 
@@ -95,7 +96,7 @@ class Scorer:
         self._watching = {name: reward.prepare(requests) for name, reward in self.held_out.items()}
 
     def score(self, latents: Tensor, images: Tensor, group: Tensor) -> Scores:
-        """Judge decoded pictures ``(n, C, H, W)`` in [-1, 1]."""
+        """Judge decoded pictures ``(n, C, H, W)`` or clips ``(n, C, T, H, W)`` in [-1, 1]."""
         return self._scores(
             self.reward.score(_unit(images), self._handle, group), latents, images, group
         )

@@ -54,11 +54,19 @@ class SearchSetup:
         words = [self.search.label, f"reward {self.reward.label}"]
         return ", ".join([*words, *([f"budget {' '.join(limits)}"] if limits else [])])
 
-    def problems(self, sampler: Sampler, requests: Sequence[Request] = ()) -> list[str]:
-        """Return a sentence for everything that does not fit or is missing."""
+    def problems(
+        self, sampler: Sampler, requests: Sequence[Request] = (), *, clips: bool = False
+    ) -> list[str]:
+        """Return a sentence for everything that does not fit or is missing.
+
+        Args:
+            sampler: how trajectories advance.
+            requests: what will be asked for, as far as it is known.
+            clips: whether samples are clips.
+        """
         found = self.search.problems(sampler, self.reward)
         for reward in (self.reward, *self.held_out.values()):
-            found += reward.check() or reward.problems(requests)
+            found += _unseen(reward, clips) or reward.check() or reward.problems(requests)
         return found
 
     def run(
@@ -88,7 +96,7 @@ class SearchSetup:
         Raises:
             ConfigError: parts that do not fit, or a budget smaller than one sample.
         """
-        problems = self.problems(sampler, requests)
+        problems = self.problems(sampler, requests, clips=len(view.sample_shape) == 4)
         if problems:
             raise ConfigError("\n".join(problems))
         for reward in (self.reward, *self.held_out.values()):
@@ -107,6 +115,21 @@ class SearchSetup:
             watch=self.watch,
         )
         return self.search.run(engine)
+
+
+def _unseen(reward: Reward, clips: bool) -> list[str]:
+    """Return a sentence where a reward judges another kind of samples."""
+    if reward.clips == clips:
+        return []
+    if clips:
+        return [
+            f"reward {reward.label} judges pictures, but the model makes clips. Give "
+            "reward_frames=mean, and it judges every frame, or choose a reward for clips."
+        ]
+    return [
+        f"reward {reward.label} judges clips, but the model makes pictures. "
+        "Choose another reward=..."
+    ]
 
 
 def requests_of(captions: Sequence[str] | None, labels: Tensor | None, count: int) -> list[Request]:
@@ -138,7 +161,10 @@ def work_of(model: Backbone, sampler: Sampler, *, precision: str = "float32") ->
     else:
         _, *sides = model.sample_shape
         patch = model.config.get("patch_size") or 1
-        cells = math.prod(side / (patch if isinstance(patch, int) else 1) for side in sides)
+        patches = [patch] * len(sides) if isinstance(patch, int) else list(patch)
+        if len(patches) != len(sides):
+            patches = [1] * len(sides)
+        cells = math.prod(side / each for side, each in zip(sides, patches, strict=True))
         tokens = torch.full((sampler.num_steps,), cells, dtype=torch.float64)
         flops = torch.full_like(tokens, whole)
     weights = float(sum(parameter.numel() for parameter in model.parameters()))

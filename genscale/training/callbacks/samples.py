@@ -1,4 +1,4 @@
-"""Sample grids with fixed seeds during training: the same noise and labels at every look."""
+"""Samples with fixed seeds during training: the same noise and labels at every look."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 import lightning.pytorch as pl
 
-from genscale.io.images import save_grid
+from genscale.io.video import save_overview
 from genscale.pipeline import GenerationPipeline
 from genscale.runs import RunFolder
 from genscale.training.callbacks.base import StepCallback, due
@@ -17,6 +17,8 @@ from genscale.training.step_module import StepModule
 
 class SampleGrid(StepCallback):
     """Writes ``samples/step-*.png`` from the averaged weights, on the first process.
+
+    Of clips that is a contact sheet, and ``samples/step-*.webp`` plays.
 
     Args:
         pipeline: shares the module's average, so it always samples the current one.
@@ -66,4 +68,11 @@ class SampleGrid(StepCallback):
         images = self.pipeline.generate(num_samples=self.count, seed=self.seed)
         path = self.run.samples_dir / f"step-{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(images, path, columns=columns, captions=captions, caption_lines=4)
+        save_overview(
+            images,
+            path,
+            frame_rate=self.pipeline.frame_rate,
+            columns=columns,
+            captions=captions,
+            caption_lines=4,
+        )
