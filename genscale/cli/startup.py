@@ -13,7 +13,7 @@ from omegaconf import DictConfig, open_dict
 from genscale import dist
 from genscale.cli.app import instantiate
 from genscale.cli.autoencoding import autoencoder_problems
-from genscale.cli.combinations import combination_problems
+from genscale.cli.combinations import combination_problems, frame_problems
 from genscale.cli.numbers import number_problems
 from genscale.cli.sample import label_law
 from genscale.cli.texting import caption_problems, example_captions, pairing_problems
@@ -141,6 +141,7 @@ def check(cfg: DictConfig) -> Any:
     problems += problem_of(partial(_build_into, built, cfg, "data")) + of_parts
     if "data" in built:
         problems += problem_of(partial(_check_labels, cfg, built["data"].num_classes or 0))
+        problems += frame_problems(cfg.model, built["data"])
         problems += problem_of(partial(_check_autoencoder, cfg, built["data"]))
         if "text_encoder" in built and built["text_encoder"].token_size:
             problems += caption_problems(built["text_encoder"], built["data"])
@@ -201,7 +202,7 @@ def check_processes(trainer: Any) -> None:
 
 def adopt_data(cfg: DictConfig, datamodule: Any) -> None:
     """Write what the data turned out to be into the config; the model's sizes follow from it."""
-    known = ("channels", "resolution", "num_classes")
+    known = ("channels", "resolution", "num_frames", "num_classes")
     with open_dict(cfg):
         for name in known:
             if name in cfg.data:
@@ -211,8 +212,11 @@ def adopt_data(cfg: DictConfig, datamodule: Any) -> None:
             "size": len(datamodule.train),
             "num_classes": datamodule.num_classes,
             "class_names": list(datamodule.class_names),
+            "num_frames": datamodule.num_frames,
             "fingerprint": datamodule.fingerprint(),
         }
+        if datamodule.num_frames:
+            cfg.data_info.frame_rate = datamodule.frame_rate
         examples = example_captions(datamodule)
         if examples is not None:
             cfg.data_info.example_captions = examples

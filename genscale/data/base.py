@@ -26,6 +26,8 @@ class ImageDataset(ABC):
         num_classes: number of classes; 0 for an unlabelled set.
         class_names: one name a class, in order of the class ids; empty for an unlabelled set.
         captions: one caption a picture, or None where the set has none.
+        num_frames: frames of a clip; 0 for pictures. Clips are described in
+            :mod:`genscale.data.clips`.
     """
 
     name: str
@@ -34,6 +36,7 @@ class ImageDataset(ABC):
     num_classes: int
     class_names: tuple[str, ...]
     captions: Sequence[str] | None = None
+    num_frames: int = 0
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -207,6 +210,7 @@ class SomeImages(ImageDataset):
         self.resolution = source.resolution
         self.class_names = source.class_names
         self.num_classes = source.num_classes
+        self.num_frames = source.num_frames
         captions = source.captions
         self.captions = None if captions is None else [captions[i] for i in self._rows.tolist()]
 

@@ -96,6 +96,11 @@ class ImageDataModule(LightningDataModule):
         return self.train.resolution
 
     @property
+    def num_frames(self) -> int:
+        """Frames of a clip; 0 for pictures."""
+        return self.train.num_frames
+
+    @property
     def num_classes(self) -> int:
         """Number of classes; 0 for an unlabelled set."""
         return self.train.num_classes
@@ -260,7 +265,7 @@ def _draw(images: ImageDataset, limit: int, seed: int) -> ImageDataset:
 
 def _check_alike(train: ImageDataset, heldout: ImageDataset) -> None:
     """Raise a ``DataError`` unless both sets have one size and the same classes."""
-    for attribute in ("channels", "resolution", "num_classes"):
+    for attribute in ("channels", "resolution", "num_frames", "num_classes"):
         ours, theirs = getattr(train, attribute), getattr(heldout, attribute)
         if ours != theirs:
             raise DataError(

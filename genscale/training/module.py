@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from genscale.rng import Purpose
 from genscale.text_cache import TextCache
 from genscale.training.ema import EMA
 from genscale.training.lr_schedule import Schedule
-from genscale.training.optim import AdamW
+from genscale.training.optim import OptimizerFactory
 from genscale.training.parallel import clip_gradients, scale_out
 from genscale.training.step_module import StepModule
 from genscale.training.strategy import FullySharded
@@ -50,7 +51,7 @@ class GenerativeModule(StepModule):
         model: Backbone,
         autoencoder: Autoencoder,
         objective: Objective,
-        optimizer: AdamW,
+        optimizer: OptimizerFactory,
         lr_schedule: Schedule,
         ema: EMA,
         batch_size: int,
@@ -141,7 +142,21 @@ class GenerativeModule(StepModule):
         )
 
     def _condition(self, raw: dict[str, Any]) -> Conditioning:
-        """Return the conditions of a raw batch: labels, captions, or both."""
+        """Return the conditions of a raw batch: what is asked for, and how it is shown."""
+        frame_rate, size = raw.get("frame_rate"), None
+        if self.model.config.get("reads_size"):
+            if "image" in raw:
+                sides = tuple(raw["image"].shape[-2:])
+            else:
+                sides = tuple(s * self.autoencoder.downsample for s in raw["moments"].shape[-2:])
+            rows = (len(raw["position"]), 1)
+            # filled on the device: nothing waits for the host
+            columns = [torch.full(rows, float(side), device=self.device) for side in sides]
+            size = torch.cat(columns, dim=1)
+        return replace(self._wish(raw), frame_rate=frame_rate, size=size)
+
+    def _wish(self, raw: dict[str, Any]) -> Conditioning:
+        """Return what a raw batch asks for: labels, captions, or both."""
         text = self.text
         if text is None:
             return Conditioning(labels=raw["label"]) if "label" in raw else Conditioning()
