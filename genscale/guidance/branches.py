@@ -109,7 +109,8 @@ class BranchGuidance(Guidance):
 
     def guides(self, level: Level, process: NoiseProcess) -> Tensor:
         """Return which rows of a level need both branches, bool on the CPU."""
-        return self.scale_at(level, process) != 1.0
+        guided = self.scale_at(level, process) != 1.0
+        return guided.flatten(1).any(1) if guided.dim() > 1 else guided
 
     @abstractmethod
     def combine(self, own: Prediction, other: Prediction, rows: Rows) -> Guided:
@@ -203,6 +204,16 @@ class GuidedView(Denoiser):
             cost=own.cost.index_add(0, guided, other.cost),
             variance=own.variance,
         )
+
+    def refresh(
+        self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
+    ) -> Prediction:
+        """Let both branches read ``x``, inside the guidance's interval or not; nothing is guided."""
+        memory = memory or {"conditional": None, "null": None}
+        own, other = self._both(x, level, cond, memory, torch.arange(len(x), device="cpu"))
+        own.memory = _pack(own.memory, other.memory, memory.get("guidance"))
+        own.cost = own.cost + other.cost
+        return own
 
     def _put(self, own: Tensor, index: Tensor, guided: Tensor) -> Tensor:
         channels = self.guidance.channels

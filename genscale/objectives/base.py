@@ -30,7 +30,8 @@ class Level:
 
     The numbers are float64 and stay on the CPU, so that schedules are exact and that guidance
     can branch on them without waiting for a device. Shape ``(B,)``, or ``(1,)`` when all
-    particles share one level (networks then compute their time embedding once).
+    particles share one level (networks then compute their time embedding once). Where the frames
+    of a clip have levels of their own, ``(B, F)`` or ``(1, F)``.
 
     Attributes:
         alpha: signal coefficient.
@@ -45,6 +46,11 @@ class Level:
 
     def __len__(self) -> int:
         return len(self.alpha)
+
+    @property
+    def by_frame(self) -> bool:
+        """Whether frames have levels of their own."""
+        return self.alpha.dim() > 1
 
     @property
     def log_snr(self) -> Tensor:
@@ -63,19 +69,23 @@ class Level:
         """Give a shared level one row a particle."""
         if len(self) == n:
             return self
+        shape = (n, *self.alpha.shape[1:])
         return Level(
-            self.alpha.expand(n),
-            self.sigma.expand(n),
-            None if self.time is None else self.time.expand(n),
+            self.alpha.expand(shape),
+            self.sigma.expand(shape),
+            None if self.time is None else self.time.expand(shape),
         )
 
 
 def on(value: Tensor, like: Tensor) -> Tensor:
     """Put per-particle numbers ``(B,)`` or ``(1,)`` on ``like``'s device and dtype, broadcastable.
 
-    Returns shape ``(B or 1, 1, ..., 1)`` with as many axes as ``like``.
+    Returns shape ``(B or 1, 1, ..., 1)`` with as many axes as ``like``. Numbers a frame, ``(B, F)``
+    or ``(1, F)``, become ``(B or 1, 1, F, 1, 1)`` against clips ``(B, C, F, H, W)``.
     """
     value = value.to(device=like.device, dtype=like.dtype, non_blocking=True)
+    if value.dim() > 1:
+        return value.reshape(len(value), 1, -1, *([1] * (like.dim() - 3)))
     return value.view(-1, *([1] * (like.dim() - 1)))
 
 
@@ -141,6 +151,15 @@ class Denoiser(View):
         self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
     ) -> Prediction:
         """Estimate clean sample and noise of ``x`` ``(B, ...)``, float32 or float64."""
+
+    def refresh(
+        self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
+    ) -> Prediction:
+        """Let the network read finished frames, for what it remembers of them alone.
+
+        A guided view reads them in every branch, whatever it would guide at this level.
+        """
+        return self(x, level, cond, memory)
 
 
 class ScaleTokens(Protocol):

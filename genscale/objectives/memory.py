@@ -84,7 +84,7 @@ def put_rows(memory: Any, index: Tensor, rows: Any, count: int | None = None) ->
     if isinstance(memory, list | tuple):
         pairs = zip(memory, rows, strict=True)
         return type(memory)(put_rows(item, index, row, count) for item, row in pairs)
-    if rows is not None:
+    if memory is None and rows is not None:
         raise _nothing_beside()
     return memory
 

@@ -65,10 +65,10 @@ class NoiseProcess(ABC):
         return alpha
 
     def level(self, time: Tensor | float) -> Level:
-        """Return the level at a time (float64, any batch shape ``(B,)`` or ``(1,)``)."""
+        """Return the level at a time: float64 ``(B,)`` or ``(1,)``, a frame each ``(B, F)``."""
         if not isinstance(time, Tensor):
             time = torch.tensor(time, dtype=torch.float64, device="cpu")
-        time = time.to(torch.float64).reshape(-1)
+        time = torch.atleast_1d(time.to(torch.float64))
         alpha, sigma = self.coefficients(time)
         return Level(alpha, sigma, time)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genscale.errors import ConfigError
-from genscale.objectives.base import Denoiser, on
+from genscale.objectives.base import Denoiser, Level, on
 from genscale.samplers.base import State
 from genscale.samplers.grid import GridSampler, Precision, Schedule, estimates
 
@@ -73,6 +73,21 @@ class GaussianSampler(GridSampler):
         return mean + on(std, mean) * self._step_noise(state, noise), cost
 
 
+def ddim_law(now: Level, then: Level, eta: float) -> tuple[Tensor, Tensor]:
+    """Return what of the noise estimate is kept, and the standard deviation of new noise.
+
+    The next x is alpha' clean + kept noise + std z; see :class:`DDIM`. Elementwise, so that frames
+    may have levels of their own.
+    """
+    noisy = now.sigma > 0
+    shrink = torch.where(noisy, then.sigma / now.sigma, 0.0)
+    tau = shrink * torch.sqrt(
+        (now.sigma**2 - (now.alpha / then.alpha * then.sigma) ** 2).clamp_min(0.0)
+    )
+    std = eta * tau
+    return torch.sqrt((then.sigma**2 - std**2).clamp_min(0.0)), std
+
+
 class DDIM(GaussianSampler):
     """The DDIM family on any process (arXiv:2010.02502, eq. 12): first order, one evaluation.
 
@@ -120,12 +135,6 @@ class DDIM(GaussianSampler):
         """Return mean and standard deviation ``(B,)`` of the next x; see the class."""
         clean, noise = estimates(state)
         now, then = self._between(state)
-        noisy = now.sigma > 0
-        shrink = torch.where(noisy, then.sigma / now.sigma, 0.0)
-        tau = shrink * torch.sqrt(
-            (now.sigma**2 - (now.alpha / then.alpha * then.sigma) ** 2).clamp_min(0.0)
-        )
-        std = self.eta * tau
-        kept = torch.sqrt((then.sigma**2 - std**2).clamp_min(0.0))
+        kept, std = ddim_law(now, then, self.eta)
         mean = on(then.alpha, state.x) * clean + on(kept, state.x) * noise
         return mean, std.expand(len(state))
