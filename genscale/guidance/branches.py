@@ -208,7 +208,7 @@ class GuidedView(Denoiser):
     def refresh(
         self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
     ) -> Prediction:
-        """Let both branches read ``x``, inside the guidance's interval or not; nothing is guided."""
+        """Let both branches read ``x``, whatever the interval; nothing is guided."""
         memory = memory or {"conditional": None, "null": None}
         own, other = self._both(x, level, cond, memory, torch.arange(len(x), device="cpu"))
         own.memory = _pack(own.memory, other.memory, memory.get("guidance"))

@@ -1,4 +1,4 @@
-"""A denoiser that remembers earlier frames of a video, of additions, products and quotients only."""
+"""A denoiser that remembers earlier frames of a video; it adds, multiplies and divides only."""
 
 from __future__ import annotations
 
