@@ -91,7 +91,8 @@ class FITBlock(nn.Module):
             LocalLayer(patch, *sizes.heads["local"], dropout=dropout, eps=eps)
             for _ in range(num_local)
         )
-        if not num_global:
+        self.computes = num_global > 0
+        if not self.computes:
             return
         self.context, self.context_mlp = cross("context", latent, sizes.context)
         self.read, self.read_mlp = cross("read", latent, patch)
@@ -111,7 +112,7 @@ class FITBlock(nn.Module):
         """
         for layer in self.local_layers:
             patches = layer(patches)
-        if not hasattr(self, "global_layers"):
+        if not self.computes:
             return patches, latents
         if self.context_first:
             latents = self._attend(latents, context, self.context, self.context_mlp)
@@ -233,7 +234,8 @@ class FIT(Backbone):
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
-        sizes, self.groups = check_settings(self)
+        self.sizes, self.groups = check_settings(self)
+        sizes = self.sizes
         original = arch == "fit_original"
         self.num_frames, self.reference_channels = (
             frames_and_sides(input_size)[0],

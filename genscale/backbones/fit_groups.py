@@ -100,7 +100,7 @@ class GroupedPositions(nn.Module):
         """Return ``(G, p, D)``, or ``(1, p, D)`` where groups share them."""
         if self.shared:
             return self.table[None]
-        if groups.counts == self.groups.counts:
+        if groups == self.groups:
             return self.table.unflatten(0, (groups.number, groups.length))
         plain = "d (tg ti) (hg hi) (wg wi)"
         # patches stand in the place of pixels

@@ -24,6 +24,38 @@ def gain_norm(size: int, eps: float = 1e-5) -> nn.LayerNorm:
     return nn.LayerNorm(size, eps=eps, bias=False)
 
 
+def modulated(y: Tensor, modulation: nn.Linear | None, c: Tensor | None) -> Tensor:
+    """Return (1 + W_1 silu(c)) y + W_2 silu(c), or ``y`` itself without a condition.
+
+    Args:
+        y: ``(B, N, D)``.
+        modulation: from the condition to 2 D numbers, W_1 above W_2, or None.
+        c: ``(B, condition_size)`` or ``(1, condition_size)``.
+    """
+    if modulation is None or c is None:
+        return y
+    scale, shift = modulation(F.silu(c))[:, None].chunk(2, dim=-1)
+    return y * (scale + 1) + shift
+
+
+class HeadNorm(nn.Module):
+    """Queries or keys of length sqrt(k) times a learned gain a head and channel.
+
+    Args:
+        num_heads: heads h.
+        head_size: channels k of a head.
+    """
+
+    def __init__(self, num_heads: int, head_size: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(num_heads, 1, head_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(B, h, N, k)``."""
+        wide = F.normalize(upcast(x), dim=-1) * x.shape[-1] ** 0.5
+        return (wide * upcast(self.gain)).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head attention without biases; queries and context have widths and norms of their own.
 
@@ -38,6 +70,7 @@ class Attention(nn.Module):
         eps: of the norms.
         condition_size: width of a vector c that scales and shifts the normalised queries (not the
             context): (1 + W_1 silu(c)) LN(x) + W_2 silu(c), which starts as LN(x); 0 without one.
+        qk_norm: give queries and keys a :class:`HeadNorm`.
     """
 
     def __init__(
@@ -49,6 +82,7 @@ class Attention(nn.Module):
         *,
         eps: float = 1e-5,
         condition_size: int = 0,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -59,6 +93,8 @@ class Attention(nn.Module):
         self.q = nn.Linear(size, inner, bias=False)
         self.kv = nn.Linear(size if context_size is None else context_size, 2 * inner, bias=False)
         self.out = nn.Linear(inner, size, bias=False)
+        self.q_norm = HeadNorm(num_heads, head_size) if qk_norm else None
+        self.k_norm = HeadNorm(num_heads, head_size) if qk_norm else None
 
     def forward(self, x: Tensor, context: Tensor | None = None, c: Tensor | None = None) -> Tensor:
         """Attend.
@@ -73,11 +109,11 @@ class Attention(nn.Module):
         """
         y = self.norm(x)
         seen = y if self.context_norm is None else self.context_norm(context)
-        if self.modulation is not None and c is not None:
-            scale, shift = self.modulation(F.silu(c))[:, None].chunk(2, dim=-1)
-            y = y * (scale + 1) + shift
+        y = modulated(y, self.modulation, c)
         k, v = self.kv(seen).chunk(2, dim=-1)
         q, k, v = (self._heads(part) for part in (self.q(y), k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         out: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out
 
@@ -120,6 +156,7 @@ class ComputeLayer(nn.Module):
         dropout: inside the feed-forward layer.
         eps: of the norms.
         condition_size: see :class:`Attention`.
+        qk_norm: see there.
     """
 
     def __init__(
@@ -131,10 +168,17 @@ class ComputeLayer(nn.Module):
         dropout: float = 0.0,
         eps: float = 1e-5,
         condition_size: int = 0,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.attention = Attention(
-            size, None, num_heads, head_size, eps=eps, condition_size=condition_size
+            size,
+            None,
+            num_heads,
+            head_size,
+            eps=eps,
+            condition_size=condition_size,
+            qk_norm=qk_norm,
         )
         self.mlp = FeedForward(size, dropout=dropout, eps=eps)
 
@@ -206,32 +250,33 @@ class SelfConditioning(nn.Module):
         return latents + torch.where(known[:, None, None], change, torch.zeros_like(change))
 
 
-def start_numbers(
-    module: nn.Module, linear_scale: float, *, self_conditioning: bool = True
-) -> None:
+def start_numbers(network: nn.Module, linear_scale: float) -> None:
     """Start linear layers by torch's law times ``linear_scale``, gains at 1, the past's at 0.
 
-    Embeddings of numbers and what conditions a norm have laws of their own: torch's, and zero.
+    Embeddings of numbers keep torch's law; what conditions a norm starts at zero.
 
     Args:
-        module: a network of the layers above.
+        network: made of the layers above; its own parameters are left as they are.
         linear_scale: factor of weights and biases.
-        self_conditioning: whether the gain of the past starts at 0.
     """
-    embeddings = {id(child) for part in module.modules() if isinstance(part, NumberEmbedding)
-                  for child in part.children()}  # fmt: skip
-    for part in module.modules():
+    embeddings = [part for part in network.modules() if isinstance(part, NumberEmbedding)]
+    unscaled = {id(layer) for part in embeddings for layer in part.children()}
+    for part in network.modules():
         if isinstance(part, nn.Linear | nn.LayerNorm | nn.Conv2d | nn.Conv3d | nn.Embedding):
             part.reset_parameters()
-        if isinstance(part, nn.Linear) and id(part) not in embeddings:
+        if isinstance(part, nn.Linear) and id(part) not in unscaled:
             part.weight.mul_(linear_scale)
             if part.bias is not None:
                 part.bias.mul_(linear_scale)
-    for part in module.modules():
-        if isinstance(part, NumberEmbedding) and part.frequencies is not None:
+        elif isinstance(part, HeadNorm):
+            nn.init.ones_(part.gain)
+    for part in embeddings:
+        if part.frequencies is not None:
             nn.init.normal_(part.frequencies)
-        elif isinstance(part, SelfConditioning) and self_conditioning:
+    for part in network.modules():
+        if isinstance(part, SelfConditioning):
             nn.init.zeros_(part.norm.weight)
-        elif isinstance(part, Attention) and part.modulation is not None:
-            nn.init.zeros_(part.modulation.weight)
-            nn.init.zeros_(part.modulation.bias)
+        modulation = getattr(part, "modulation", None)
+        if isinstance(modulation, nn.Linear):
+            nn.init.zeros_(modulation.weight)
+            nn.init.zeros_(modulation.bias)

@@ -177,19 +177,9 @@ def config_to_official(config: Mapping[str, Any]) -> dict[str, Any] | None:
         "drop_path": 0.0,
         "use_cross_attention_feedforward": config["cross_mlp"],
     }
-    attentions = {**dict(model.blocks[0].named_children())}
-    layers = {
-        "read": attentions["read"],
-        "write": attentions["write"],
-        "read_context": attentions["context"],
-        "global": model.blocks[0].global_layers[0].attention,
-    }
     for name in _HEADS:
-        if name == "local" and not config["local_depth"]:
-            continue
-        layer = layers.get(name) or model.blocks[0].local_layers[0].attention
-        heads = {"heads": layer.num_heads, "dim_head": len(layer.q.weight) // layer.num_heads}
-        block[f"{name}_attention_config"] = heads
+        heads, size = model.sizes.heads[name.removeprefix("read_")]
+        block[f"{name}_attention_config"] = {"heads": heads, "dim_head": size}
     return {
         **{name: config[ours] for name, ours in _RENAMED.items()},
         **{name: value for name, value in _FIXED.items() if name != "time_scaling"},
