@@ -12,6 +12,8 @@ from PIL import Image
 
 from genscale.errors import DataError
 from genscale.io.images import (
+    channels_first,
+    channels_last,
     from_uint8,
     grid_image,
     load_npz,
@@ -248,3 +250,20 @@ def test_writing_refuses_what_reading_would(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"5 integers"):
         save_npz(tmp_path / "a.npz", IMAGES, torch.zeros(4, dtype=torch.int64))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_npz_holds_clips_with_the_frames_before_the_sides(tmp_path: Path) -> None:
+    clips = torch.randint(256, (2, 3, 5, 4, 6), dtype=torch.uint8)
+    arrays = channels_last(clips)
+    assert arrays.shape == (2, 5, 4, 6, 3)
+    assert torch.equal(arrays[1, 2, 3, 4], clips[1, :, 2, 3, 4])
+    save_npz(tmp_path / "clips.npz", arrays, torch.tensor([4, 2]))
+    found, labels = load_npz(tmp_path / "clips.npz")
+    assert torch.equal(channels_first(found), clips)
+    assert labels is not None
+    assert labels.tolist() == [4, 2]
+    save_npz(tmp_path / "grey.npz", channels_last(clips[:, :1]))
+    grey, _ = load_npz(tmp_path / "grey.npz")
+    assert torch.equal(grey, channels_last(clips[:, :1].expand(-1, 3, -1, -1, -1)))
+    with pytest.raises(DataError, match=r"transpose with array.transpose\(0, 2, 3, 4, 1\)"):
+        save_npz(tmp_path / "wrong.npz", clips.numpy())
