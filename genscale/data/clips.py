@@ -61,6 +61,14 @@ class ClipDataset(ImageDataset):
         """
         return self.images(indices), self.frame_rate(indices)
 
+    def taken(self, indices: Tensor | Sequence[int], keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return :meth:`clips`, and the rows they are of: others where a file is damaged.
+
+        Returns:
+            uint8 ``(n, C, T, H, W)``; frames a second, float32 ``(n,)``; rows, int64 ``(n,)``.
+        """
+        return *self.clips(indices, keys), row_numbers(indices, len(self))
+
     def mirrored_caption(self, caption: str) -> str:
         """Return what a caption says of the mirrored clip: the same, unless it names sides."""
         return caption
@@ -272,7 +280,8 @@ class ClipDataModule(ImageDataModule):
         """Return what turns (position, row) pairs into batches, in the reading processes.
 
         A batch is ``{"image": uint8 (B, C, T, H, W), "label", "position", "frame_rate": float32
-        (B,)}``, with :attr:`with_captions` also ``"caption"``.
+        (B,), "replaced": bool (B,)}``, with :attr:`with_captions` also ``"caption"``. A sample was
+        replaced where its own file is damaged.
         """
         return _ClipSamples(self)
 
@@ -310,14 +319,17 @@ class _ClipSamples(Dataset[dict[str, Any]]):
         shape = (clips.channels, clips.num_frames, clips.resolution, clips.resolution)
         image = torch.empty(len(rows), *shape, dtype=torch.uint8)
         frame_rate = torch.full((len(rows),), STILL)
+        replaced = torch.zeros_like(still)
         if not bool(still.all()):
             moving = rows[~still]
             keys = key(self._seed, position[~still], Purpose.CLIP)
-            image[~still], frame_rate[~still] = (
-                (clips.images(moving), clips.frame_rate(moving))
+            # what was read decides labels and captions: a damaged file's place is taken by another
+            image[~still], frame_rate[~still], rows[~still] = (
+                (clips.images(moving), clips.frame_rate(moving), moving)
                 if self._fixed
-                else clips.clips(moving, keys)
+                else clips.taken(moving, keys)
             )
+            replaced[~still] = rows[~still] != moving
         if self._pictures is not None and bool(still.any()):
             image[still] = self._pictures.images(rows[still]).unsqueeze(2)  # the same at all times
         flipped = torch.zeros_like(still)
@@ -329,6 +341,7 @@ class _ClipSamples(Dataset[dict[str, Any]]):
             "label": self._labels(rows, still),
             "position": position,
             "frame_rate": frame_rate,
+            "replaced": replaced,
         }
         if self._with_captions and clips.captions is not None:
             batch["caption"] = self._captions(rows, still, flipped)

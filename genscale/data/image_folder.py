@@ -102,12 +102,12 @@ class ImageFolder(ImageDataset):
         if ignored:
             told = ", ".join(f"{count} {ending}" for ending, count in sorted(ignored.items()))
             logger.info("%s: passed over files that are no pictures: %s", self.root, told)
-        self.class_names = _class_names(paths, self.root) if labels == "folders" else ()
+        self.class_names = class_folders(paths, self.root) if labels == "folders" else ()
         self.num_classes = len(self.class_names)
         self.damaged: tuple[str, ...] = ()
         if verify != "none":
             paths = self._without_damaged(paths, whole=verify == "pixels", skip=on_damage == "skip")
-        self._paths = _Paths(paths)
+        self._paths = Paths(paths)
         self._labels: Tensor | None = None
         if self.class_names:
             number = {name: i for i, name in enumerate(self.class_names)}
@@ -148,22 +148,7 @@ class ImageFolder(ImageDataset):
             ConfigError: if the fraction is not between 0 and 1.
             DataError: if a side would be empty.
         """
-        if not 0 < heldout_fraction < 1:
-            raise ConfigError(
-                f"data.heldout_fraction={heldout_fraction} must lie between 0 and 1, e.g. 0.05."
-            )
-        hashes = [
-            int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big", signed=True)
-            for path in self._paths
-        ]
-        keys = key(_SPLIT_SEED, torch.tensor(hashes), Purpose.SUBSET)
-        heldout = uniform(keys) < heldout_fraction
-        if bool(heldout.all()) or not bool(heldout.any()):
-            side = "train" if bool(heldout.all()) else "held-out"
-            raise DataError(
-                f"data.heldout_fraction={heldout_fraction} of {len(self)} pictures leaves the "
-                f"{side} side empty. Choose another fraction, or add pictures."
-            )
+        heldout = held_out(self._paths, heldout_fraction)
         return self._select(~heldout), self._select(heldout)
 
     def fingerprint(self) -> str:
@@ -192,7 +177,7 @@ class ImageFolder(ImageDataset):
         part = copy.copy(self)
         part.__dict__.pop("_fingerprint", None)
         kept = mask.tolist()
-        part._paths = _Paths([path for path, keep in zip(self._paths, kept, strict=True) if keep])
+        part._paths = Paths([path for path, keep in zip(self._paths, kept, strict=True) if keep])
         part._labels = None if self._labels is None else self._labels[mask]
         return part
 
@@ -238,7 +223,31 @@ class ImageFolder(ImageDataset):
         return [path for path in paths if path not in damaged]
 
 
-class _Paths:
+def held_out(paths: Paths, fraction: float, what: str = "pictures") -> Tensor:
+    """Return which files are held out, by a keyed hash of each path: bool ``(n,)``.
+
+    Raises:
+        ConfigError: if the fraction is not between 0 and 1.
+        DataError: if a side would be empty.
+    """
+    if not 0 < fraction < 1:
+        raise ConfigError(f"data.heldout_fraction={fraction} must lie between 0 and 1, e.g. 0.05.")
+    hashes = [
+        int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big", signed=True)
+        for path in paths
+    ]
+    keys = key(_SPLIT_SEED, torch.tensor(hashes), Purpose.SUBSET)
+    heldout = uniform(keys) < fraction
+    if bool(heldout.all()) or not bool(heldout.any()):
+        side = "train" if bool(heldout.all()) else "held-out"
+        raise DataError(
+            f"data.heldout_fraction={fraction} of {len(paths)} {what} leaves the {side} side "
+            f"empty. Choose another fraction, or add {what}."
+        )
+    return heldout
+
+
+class Paths:
     """A million paths in two tensors, which worker processes share instead of copying."""
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -304,20 +313,20 @@ def _refuse(error: OSError) -> None:
     ) from error
 
 
-def _class_names(paths: list[str], root: Path) -> tuple[str, ...]:
+def class_folders(paths: list[str], root: Path, what: str = "pictures") -> tuple[str, ...]:
     """Return the folders directly below ``root`` after checking that they can be classes."""
     flat = [path for path in paths if "/" not in path]
     names = {path.split("/", 1)[0] for path in paths if "/" in path}
     if flat:
         raise DataError(
-            f"{root} holds {len(flat)} pictures outside class folders (first: {flat[0]}), and "
+            f"{root} holds {len(flat)} {what} outside class folders (first: {flat[0]}), and "
             "data.labels=folders expects each in the folder of its class. Sort them into folders, "
             "or set data.labels=none."
         )
     if len(names) == 1:
         only = next(iter(names))
         raise DataError(
-            f"{root} holds pictures in one class folder only ('{only}'), and two classes or more "
+            f"{root} holds {what} in one class folder only ('{only}'), and two classes or more "
             f"were expected. If the classes lie inside it, give data.root={root / only}; to train "
             "without classes set data.labels=none."
         )
@@ -326,8 +335,8 @@ def _class_names(paths: list[str], root: Path) -> tuple[str, ...]:
     empty = sorted(folders - names)
     if empty:
         raise DataError(
-            f"{root} has {len(empty)} class folders without pictures (first: '{empty[0]}'). "
-            "Remove them, or put their pictures there."
+            f"{root} has {len(empty)} class folders without {what} (first: '{empty[0]}'). "
+            f"Remove them, or put their {what} there."
         )
     return tuple(sorted(names))
 
