@@ -33,6 +33,7 @@ from genscale.metrics.prdc import FidelityDiversity, fidelity_diversity
 from genscale.metrics.protocol import Setting
 from genscale.metrics.reference import GaussianStatistics
 from genscale.metrics.subsets import keyed_rows
+from genscale.metrics.video.distances import frechet_video, kernel_video
 
 Measured = tuple[float, dict[str, Any]]
 
@@ -74,12 +75,16 @@ class Measure:
         reference: what the reference must offer: ``statistics``, ``features``, ``heldout`` or
             nothing.
         settings: fields of :class:`MeasureSettings` that change it.
+        whole_clips: it is a measure of networks that see a clip as a whole.
+        covariance: ``unbiased`` or ``biased``.
     """
 
     taps: str = "main"
     from_moments: bool = False
     reference: str = "features"
     settings: tuple[str, ...] = ()
+    whole_clips: bool = False
+    covariance: str = "unbiased"
 
 
 _NEIGHBOURS = ("num_neighbours", "strict", "max_neighbour_reference", "seed")
@@ -100,6 +105,9 @@ MEASURES: dict[str, Measure] = {
     "copy_rate": Measure(reference="heldout", settings=_NOVELTY),
     "novelty_ratio": Measure(reference="heldout", settings=_NOVELTY),
     "mifid": Measure(),
+    "fvd": Measure(whole_clips=True, covariance="biased"),
+    "fvd_unbiased": Measure(whole_clips=True),
+    "kvd": Measure(whole_clips=True),
 }
 
 
@@ -312,6 +320,29 @@ class SetComparison:
         memorization = memorization_distance(self.features["main"], self._reference_features)
         value = memorization_informed(distance.value, memorization)
         return value, {**self._counts(), "fd": distance.value, "memorization": memorization}
+
+    def _clip_distance(self, *, unbiased: bool) -> Measured:
+        found = frechet_video(
+            self.features["main"],
+            self._reference_features,
+            unbiased=unbiased,
+            seed=self.settings.seed,
+        )
+        details = self._counts() | found.details()
+        floor = self.reference.frechet_floor(details["n"], self.settings.seed, unbiased=unbiased)
+        if floor is not None:
+            details |= {"floor": floor[0], "floor_n": floor[1]}
+        return found.value, details
+
+    def _fvd(self) -> Measured:
+        return self._clip_distance(unbiased=False)
+
+    def _fvd_unbiased(self) -> Measured:
+        return self._clip_distance(unbiased=True)
+
+    def _kvd(self) -> Measured:
+        found = kernel_video(self.features["main"], self._reference_features)
+        return found.value, self._counts() | found.details()
 
     def _counts(self) -> dict[str, Any]:
         return {"n": len(self.features["main"]), "reference_n": len(self._reference_features)}

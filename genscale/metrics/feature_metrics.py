@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 from genscale.errors import ConfigError, DataError, did_you_mean
 from genscale.metrics.comparison import MEASURES, MeasureSettings, SetComparison
-from genscale.metrics.features import FeatureNetwork, check_images
+from genscale.metrics.features import FeatureNetwork
 from genscale.metrics.keyed import KeyedMetric
 from genscale.metrics.moments import Moments
 from genscale.metrics.network_reference import NetworkReference
@@ -54,8 +54,9 @@ class FeatureMetrics(KeyedMetric):
             if keep_features or not MEASURES[name].from_moments
         }
         # features whose length depends on the pictures (pixels) are short and always kept
-        kept |= {kind for kind, tap in taps.items() if network.taps[tap] == 0}
-        super().__init__(measures, {kind: (2, torch.float32) for kind in taps if kind in kept})
+        kept |= {kind for kind, tap in taps.items() if network.taps[tap] == 0 or network.per_frame}
+        axes = 3 if network.per_frame else 2
+        super().__init__(measures, {kind: (axes, torch.float32) for kind in taps if kind in kept})
         # held in a list: the network is not state of the metric and is moved by its owner
         self._network = [network]
         self.settings = settings or MeasureSettings()
@@ -94,10 +95,10 @@ class FeatureMetrics(KeyedMetric):
         """Look at pictures.
 
         Args:
-            images: uint8 ``(B, 1 or 3, H, W)``.
+            images: uint8 ``(B, 1 or 3, H, W)``, or clips where the network reads them.
             sample_ids: ``(B,)`` int64 global numbers; on one process they may be left out.
         """
-        check_images(images)
+        self.network.check_input(images)
         ids = self._check_ids(sample_ids, len(images))
         with torch.no_grad():
             output = self.network(images)
@@ -149,6 +150,8 @@ class FeatureMetrics(KeyedMetric):
             DataError: if there are no samples, or the reference lacks what a measure needs.
         """
         ids, features = self.collected()
+        if self.network.per_frame:
+            features = {kind: rows.flatten(0, 1) for kind, rows in features.items()}
         moments = {kind: self._gathered_moments(kind, len(ids)) for kind in self._streamed}
         comparison = SetComparison(
             features,
@@ -162,6 +165,8 @@ class FeatureMetrics(KeyedMetric):
         for name in self.active:
             started = time.perf_counter()
             values[name], details = comparison.measure(name)
+            if self.network.per_frame:
+                details["clips"] = self.num_samples
             if self.num_duplicates:
                 details["duplicates_dropped"] = self.num_duplicates
             details["seconds"] = round(time.perf_counter() - started, 3)
@@ -192,6 +197,12 @@ def _kinds(network: FeatureNetwork, measures: Sequence[str]) -> list[str]:
             raise ConfigError(
                 f"'{name}' is no measure of features. Known are {', '.join(MEASURES)}."
                 f"{did_you_mean(name, list(MEASURES))}"
+            )
+        if MEASURES[name].whole_clips and not network.whole_clips:
+            raise ConfigError(
+                f"'{name}' compares features of whole clips, but '{network.name}' looks at "
+                f"{'single frames' if network.per_frame else 'pictures'}. Use a network of clips, "
+                "e.g. clip_lite, or the measure fd."
             )
     return sorted({MEASURES[name].taps for name in measures})
 

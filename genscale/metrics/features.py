@@ -1,4 +1,4 @@
-"""The contract of a feature network: 8-bit pictures in, named feature vectors out."""
+"""The contract of a feature network: 8-bit pictures or clips in, named feature vectors out."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ Watch = Callable[[Iterable[Tensor], str, int], Iterable[Tensor]]
 class FeatureNetwork(nn.Module, ABC):
     """Maps pictures to feature vectors; constructed cheaply, weights are read by :meth:`prepare`.
 
+    Networks of clips are :class:`genscale.metrics.video.clips.ClipNetwork`.
+
     Attributes:
         name: word in metric names and protocols, for example ``inception`` in ``kid_inception``.
         taps: feature names with their lengths; ``taps[tap]`` is :attr:`num_features`.
@@ -25,6 +27,8 @@ class FeatureNetwork(nn.Module, ABC):
         resize: what happens to the size of a picture first, as protocols call it.
         learns_from_labels: the network has to be fitted to a labelled training split.
         gives_maps: :meth:`maps` can be asked, for losses.
+        per_frame: taps are ``(B, frames, length)``: each frame of a clip is a vector of its set.
+        whole_clips: a vector tells of a clip as a whole, as FVD and KVD need it.
     """
 
     name: str
@@ -33,6 +37,8 @@ class FeatureNetwork(nn.Module, ABC):
     resize: str
     learns_from_labels: bool = False
     gives_maps: bool = False
+    per_frame: bool = False
+    whole_clips: bool = False
 
     @property
     def num_features(self) -> int:
@@ -55,6 +61,14 @@ class FeatureNetwork(nn.Module, ABC):
 
     def prepare(self) -> None:
         """Read the weights, once; raises where :meth:`check` would have complained."""
+
+    def check_input(self, images: Tensor) -> Tensor:
+        """Return what :meth:`forward` is going to see, after checking that it can.
+
+        Raises:
+            DataError: it is nothing this network reads.
+        """
+        return check_images(images)
 
     def fit(self, images: Tensor, labels: Tensor | None, fingerprint: str) -> None:
         """Learn from the training split; only networks that ship without weights do so.
@@ -98,17 +112,17 @@ def extract(
 
     Args:
         network: a prepared network.
-        images: uint8 ``(n, 1 or 3, H, W)``.
+        images: uint8 ``(n, 1 or 3, H, W)``, or clips where the network reads them.
         taps: names of the features to keep.
         batch_size: pictures a pass.
         watch: shows progress; None works silently.
 
     Returns:
-        ``(n, length)`` float tensors by tap.
+        ``(n, length)`` float tensors by tap; ``(n, frames, length)`` of a network of frames.
     """
     parts: dict[str, list[Tensor]] = {tap: [] for tap in taps}
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    batches: Iterable[Tensor] = check_images(images).split(batch_size)
+    batches: Iterable[Tensor] = network.check_input(images).split(batch_size)
     if watch is not None:
         batches = watch(batches, f"{network.name} features", len(images))
     for batch in batches:
@@ -124,6 +138,12 @@ def check_images(images: Tensor) -> Tensor:
     Raises:
         DataError: for another type, number of axes or channels.
     """
+    if images.dtype == torch.uint8 and images.dim() == 5:
+        raise DataError(
+            "A metric of pictures (B, 1 or 3, H, W) was given clips (B, C, T, H, W) of shape "
+            f"{tuple(images.shape)}. Take metrics=video, or put the network into "
+            "genscale.metrics.video.frames.FrameFeatures."
+        )
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
         raise DataError(
             "Metrics read uint8 images of shape (B, 1 or 3, H, W), but got "
@@ -131,6 +151,17 @@ def check_images(images: Tensor) -> Tensor:
             "genscale.io.images.to_uint8."
         )
     return images
+
+
+def check_samples(samples: Tensor) -> Tensor:
+    """Return ``samples`` after checking that they are 8-bit pictures, or 8-bit clips.
+
+    Raises:
+        DataError: for another type, number of axes or channels.
+    """
+    if samples.dtype == torch.uint8 and samples.dim() == 5 and samples.shape[1] in (1, 3):
+        return samples
+    return check_images(samples)
 
 
 def as_rgb(images: Tensor) -> Tensor:

@@ -114,12 +114,15 @@ def frechet_distance_from_features(features_1: Tensor, features_2: Tensor) -> fl
     return compare_features(features_1, features_2).value
 
 
-def compare_features(features_1: Tensor, features_2: Tensor) -> FrechetResult:
+def compare_features(
+    features_1: Tensor, features_2: Tensor, *, unbiased: bool = True
+) -> FrechetResult:
     """Compare two feature sets, exactly also where a set has no more vectors than dimensions.
 
     Args:
         features_1: ``(n_1, d)``, any float type.
         features_2: ``(n_2, d)``.
+        unbiased: covariances have the divisor n - 1; otherwise n, as FVD programs have it.
 
     Raises:
         DataError: if a set is not finite, has fewer than 2 rows, or the dimensions differ.
@@ -139,11 +142,15 @@ def compare_features(features_1: Tensor, features_2: Tensor) -> FrechetResult:
     if min(len(features_1), len(features_2)) > features_1.shape[1]:
         moments_1, moments_2 = Moments.of(features_1), Moments.of(features_2)
         return compare_gaussians(
-            moments_1.mean, moments_1.covariance(), moments_2.mean, moments_2.covariance()
+            moments_1.mean,
+            moments_1.covariance(unbiased=unbiased),
+            moments_2.mean,
+            moments_2.covariance(unbiased=unbiased),
         )
     mean_1, mean_2 = features_1.mean(dim=0), features_2.mean(dim=0)
-    factor_1 = (features_1 - mean_1) / math.sqrt(len(features_1) - 1)
-    factor_2 = (features_2 - mean_2) / math.sqrt(len(features_2) - 1)
+    less = 1 if unbiased else 0
+    factor_1 = (features_1 - mean_1) / math.sqrt(len(features_1) - less)
+    factor_2 = (features_2 - mean_2) / math.sqrt(len(features_2) - less)
     traces = float(factor_1.square().sum()), float(factor_2.square().sum())
     singular = torch.linalg.svdvals(_shorten(factor_1) @ _shorten(factor_2).T)
     return _assemble(mean_1, mean_2, traces, float(singular.sum()), "features")

@@ -20,8 +20,11 @@ INCEPTION_NAMES = {
 # The network behind a bare copy_rate: pictures as they are.
 EVERY_PIXEL = "every_pixel"
 _PIXEL_MEASURES = ("copy_rate", "novelty_ratio")
-# in place of a network's name: measures that read the labels, or the captions, of samples
-OF_LABELS, OF_CAPTIONS = "", "captions"
+# Names that published tables use for measures of I3D.
+I3D_NAMES = ("fvd", "kvd")
+# in place of a network's name: measures that read the labels, or the captions, of samples, and
+# those that give each clip a number of its own
+OF_LABELS, OF_CAPTIONS, OF_CLIPS = "", "captions", "clips"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +34,8 @@ class PlannedMetric:
     Attributes:
         name: as the user wrote it.
         measure: what is computed.
-        network: name of the feature network; :data:`OF_LABELS` or :data:`OF_CAPTIONS` for measures
-            that need none.
+        network: name of the feature network; :data:`OF_LABELS`, :data:`OF_CAPTIONS` or
+            :data:`OF_CLIPS` for measures that need none.
     """
 
     name: str
@@ -42,7 +45,7 @@ class PlannedMetric:
     @property
     def has_reference(self) -> bool:
         """Whether samples are compared with real pictures."""
-        if self.network in (OF_LABELS, OF_CAPTIONS):
+        if self.network in (OF_LABELS, OF_CAPTIONS, OF_CLIPS):
             return self.network == OF_LABELS
         return bool(MEASURES[self.measure].reference)
 
@@ -53,12 +56,15 @@ class PlannedMetric:
         return "no caption asks for it" if values else "the samples have no captions"
 
 
-def plan_metrics(names: Sequence[str], networks: Sequence[str]) -> list[PlannedMetric]:
+def plan_metrics(
+    names: Sequence[str], networks: Sequence[str], of_clips: Sequence[str] = ()
+) -> list[PlannedMetric]:
     """Say what each metric means; see :class:`genscale.metrics.suite.EvaluationSuite`.
 
     Args:
         names: names of metrics.
         networks: names of the feature networks, the main one first.
+        of_clips: names of the measures of single clips.
 
     Raises:
         ConfigError: if a name is unknown, comes twice, or its network is missing.
@@ -67,10 +73,12 @@ def plan_metrics(names: Sequence[str], networks: Sequence[str]) -> list[PlannedM
         twice = sorted({name for name in each if list(each).count(name) > 1})
         if twice:
             raise ConfigError(f"'{twice[0]}' stands twice in {what}. Name every entry once.")
-    return [PlannedMetric(name, *_meaning(name, networks)) for name in names]
+    return [PlannedMetric(name, *_meaning(name, networks, of_clips)) for name in names]
 
 
-def _meaning(name: str, networks: Sequence[str]) -> tuple[str, str]:
+def _meaning(name: str, networks: Sequence[str], of_clips: Sequence[str]) -> tuple[str, str]:
+    if name in of_clips:
+        return name, OF_CLIPS
     if name in LABEL_MEASURES:
         return name, OF_LABELS
     if name in SCENE_MEASURES:
@@ -82,6 +90,15 @@ def _meaning(name: str, networks: Sequence[str]) -> tuple[str, str]:
                 f"has {', '.join(networks) or 'none'}. Use metrics=fid, or add InceptionFID."
             )
         return INCEPTION_NAMES[name], "inception"
+    if name in I3D_NAMES:
+        if "i3d" not in networks:
+            own = ", ".join(f"{name}_{network}" for network in networks) or "none"
+            raise ConfigError(
+                f"metric '{name}' is a number of I3D, but metrics.features has "
+                f"{', '.join(networks) or 'none'}. Use metrics=fvd2048_16f, or of another network "
+                f"of clips by its name ({own})."
+            )
+        return name, "i3d"
     if name in _PIXEL_MEASURES:
         return name, EVERY_PIXEL
     if name in MEASURES:
@@ -96,7 +113,7 @@ def _meaning(name: str, networks: Sequence[str]) -> tuple[str, str]:
         if measure != name and measure in MEASURES:
             return measure, network
     own = [f"{measure}_{network}" for measure in MEASURES for network in networks]
-    special = [*INCEPTION_NAMES, *LABEL_MEASURES, *SCENE_MEASURES]
+    special = [*INCEPTION_NAMES, *LABEL_MEASURES, *SCENE_MEASURES, *of_clips]
     known = list(dict.fromkeys([*MEASURES, *special, *own]))
     raise ConfigError(
         f"'{name}' is no metric. A metric is a measure ({', '.join(MEASURES)}), alone or with the "

@@ -39,10 +39,12 @@ class NetworkReference:
         self.statistics = statistics
         self.features = features
         self.heldout = heldout
-        self._floors: dict[tuple[int, int], float] = {}
+        self._floors: dict[tuple[int, int, bool], float] = {}
         self._heldout_distances: dict[tuple[int, int], Tensor] = {}
 
-    def frechet_floor(self, count: int, seed: int) -> tuple[float, int] | None:
+    def frechet_floor(
+        self, count: int, seed: int, *, unbiased: bool = True
+    ) -> tuple[float, int] | None:
         """Return what real pictures score: the distance of held-out ones, and how many were taken.
 
         As many as there are samples are taken where there are enough, since the distance of a set
@@ -51,10 +53,11 @@ class NetworkReference:
         if self.features is None or self.heldout is None or len(self.heldout) < 2:
             return None
         rows = keyed_rows(len(self.heldout), max(count, 2), seed)
-        if (len(rows), seed) not in self._floors:
-            value = compare_features(self.heldout[rows], self.features).value
-            self._floors[len(rows), seed] = value
-        return self._floors[len(rows), seed], len(rows)
+        kept = len(rows), seed, unbiased
+        if kept not in self._floors:
+            compared = compare_features(self.heldout[rows], self.features, unbiased=unbiased)
+            self._floors[kept] = compared.value
+        return self._floors[kept], len(rows)
 
     def heldout_distances(self, limit: int, seed: int) -> Tensor:
         """Return distances of at most ``limit`` held-out pictures to their nearest reference."""
@@ -84,8 +87,8 @@ def reference_from_images(
 
     Args:
         network: a prepared network.
-        images: uint8 ``(n, C, H, W)`` reference pictures.
-        heldout: uint8 ``(m, C, H, W)`` further real pictures, or None.
+        images: uint8 ``(n, C, H, W)`` reference pictures, or clips ``(n, C, T, H, W)``.
+        heldout: further real pictures, or clips, or None.
         spatial: describe the spatial features of sFID too.
         batch_size: pictures a pass.
         cache: folder of :func:`~genscale.metrics.reference_cache.extract_once`; None computes
@@ -95,10 +98,12 @@ def reference_from_images(
 
     def look_at(pictures: Tensor, taps: tuple[str, ...]) -> dict[str, Tensor]:
         if cache is None:
-            return extract(network, pictures, taps, batch_size=batch_size, watch=watch)
-        return extract_once(
-            network, pictures, taps, batch_size=batch_size, folder=cache, watch=watch
-        )
+            found = extract(network, pictures, taps, batch_size=batch_size, watch=watch)
+        else:
+            found = extract_once(
+                network, pictures, taps, batch_size=batch_size, folder=cache, watch=watch
+            )
+        return {tap: value.flatten(0, -2) for tap, value in found.items()}  # frames become rows
 
     taps = (network.tap, SPATIAL) if spatial else (network.tap,)
     features = look_at(images, taps)
@@ -144,6 +149,7 @@ def reference_from_file(
         if stored is None and found.images is not None and features:
             taps = (network.tap,)
             stored = extract(network, found.images, taps, batch_size=batch_size)[network.tap]
+            stored = stored.flatten(0, -2)
         return NetworkReference(statistics, features=stored)
     if found.images is None:
         raise DataError(

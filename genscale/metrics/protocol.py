@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from genscale.errors import ProtocolError
+from genscale.metrics.clip_protocol import ClipProtocol
 
 Setting = tuple[str, int | float | str | bool]
 
@@ -54,6 +55,7 @@ class EvalProtocol:
         covariance: ``unbiased`` (n - 1) or ``biased`` (n), always float64.
         trace_route: how the trace of the root is taken.
         settings: further numbers of the metric itself, sorted by name.
+        clips: of clips, their frames and where they come from; None for pictures.
     """
 
     features: str = ""
@@ -82,6 +84,7 @@ class EvalProtocol:
     covariance: str = "unbiased"
     trace_route: str = "auto"
     settings: tuple[Setting, ...] = ()
+    clips: ClipProtocol | None = None
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -106,7 +109,10 @@ class EvalProtocol:
 
     def canonical_json(self) -> str:
         """Return the one JSON text of these fields: sorted keys, no spaces."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        values = asdict(self)
+        if self.clips is None:  # protocols of pictures hash as they did before there were clips
+            del values["clips"]
+        return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @property
     def digest(self) -> str:
@@ -131,8 +137,9 @@ class EvalProtocol:
                 f"'{unknown[0]}' is no field of an evaluation protocol. "
                 f"Known are {', '.join(sorted(known))}."
             )
-        interval = values.get("guidance_interval")
-        return cls(**values | {"guidance_interval": interval and tuple(interval)})
+        interval, clips = values.get("guidance_interval"), values.get("clips")
+        read = {"guidance_interval": interval and tuple(interval)}
+        return cls(**values | read | {"clips": clips and ClipProtocol.from_dict(clips)})
 
     def replace(self, **changes: Any) -> EvalProtocol:
         """Return a copy with some fields changed."""

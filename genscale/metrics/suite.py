@@ -12,22 +12,23 @@ import torch
 from torch import Tensor
 
 from genscale.errors import DataError, ProtocolError
-from genscale.metrics.agreement import Judge
-from genscale.metrics.comparison import MEASURES, MeasureSettings, settings_of
+from genscale.metrics.clip_protocol import ClipProtocol
+from genscale.metrics.comparison import MEASURES, MeasureSettings
 from genscale.metrics.feature_metrics import FeatureMetrics
-from genscale.metrics.features import FeatureNetwork, Watch, check_images
+from genscale.metrics.features import FeatureNetwork, Watch, check_samples
+from genscale.metrics.holders import build_holders, feed
 from genscale.metrics.label_metrics import LabelMetrics
-from genscale.metrics.names import EVERY_PIXEL, OF_CAPTIONS, OF_LABELS, PlannedMetric, plan_metrics
+from genscale.metrics.names import OF_CLIPS, OF_LABELS, plan_metrics
 from genscale.metrics.network_reference import (
     SPATIAL,
     reference_from_file,
     reference_from_images,
 )
-from genscale.metrics.pixels import Pixels
 from genscale.metrics.protocol import EvalProtocol, MetricValue
 from genscale.metrics.reference import read_reference
 from genscale.metrics.reference_cache import cache_folder
-from genscale.metrics.scene_agreement import SceneAgreement
+from genscale.metrics.result_protocol import check_alike, clips_of, result_protocol
+from genscale.metrics.video.measures import ClipMeasure, ClipMetrics
 
 
 class EvaluationSuite:
@@ -36,7 +37,9 @@ class EvaluationSuite:
     A metric is named ``<measure>`` or ``<measure>_<network>``, for example ``fd_probe`` or
     ``precision``; without a network the first of ``features`` is meant, and every single pixel for
     ``copy_rate`` and ``novelty_ratio``. ``fid``, ``sfid``, ``mifid`` and ``inception_score`` always
-    mean the FID Inception network. Measures of labels and of captions need no network.
+    mean the FID Inception network, ``fvd`` and ``kvd`` I3D. Measures of labels and of captions need
+    no network. Samples are pictures, or clips where the networks read those (see
+    :mod:`genscale.metrics.video`).
 
     Samples are merged over processes by their ids; every process computes the same numbers. A
     metric that the reference or the samples do not allow (no labels, no held-out pictures) is left
@@ -45,6 +48,7 @@ class EvaluationSuite:
     Args:
         metrics: names, in the order of the results.
         features: feature networks.
+        clip_measures: measures of single clips, which ``metrics`` names.
         reference: a reference file (see :mod:`genscale.metrics.reference`), read before the first
             samples unless :meth:`fit_reference` was called.
         num_samples: the number of samples the protocol demands; None takes any.
@@ -78,6 +82,7 @@ class EvaluationSuite:
         metrics: Sequence[str],
         features: Sequence[FeatureNetwork] = (),
         *,
+        clip_measures: Sequence[ClipMeasure] = (),
         reference: str | None = None,
         num_samples: int | None = None,
         num_neighbours: int = 3,
@@ -112,22 +117,23 @@ class EvaluationSuite:
             max_neighbour_reference=max_neighbour_reference,
             seed=seed,
         )
-        self._plan = plan_metrics(self.metrics, [network.name for network in features])
+        self._plan = plan_metrics(
+            self.metrics,
+            [network.name for network in features],
+            [measure.name for measure in clip_measures],
+        )
         self._reasons: dict[str, str] = {}  # metrics that the reference does not allow
-        self._holders: dict[str, FeatureMetrics | LabelMetrics | SceneAgreement] = {}
-        for network in (*features, Pixels(None, name=EVERY_PIXEL)):
-            if measures := self._measures_of(network.name):
-                self._holders[network.name] = FeatureMetrics(
-                    network, measures, settings=self._settings, keep_features=keep_features
-                )
-        if measures := self._measures_of(OF_LABELS):
-            self._holders[OF_LABELS] = LabelMetrics(
-                measures, max_images=max_judge_images, seed=seed
-            )
-        if measures := self._measures_of(OF_CAPTIONS):
-            self._holders[OF_CAPTIONS] = SceneAgreement(measures)
+        self._holders = build_holders(
+            {name: self._measures_of(name) for name in (each.network for each in self._plan)},
+            features,
+            clip_measures,
+            settings=self._settings,
+            keep_features=keep_features,
+            max_judge_images=max_judge_images,
+        )
         self._warned: set[str] = set()
         self._reference_facts: dict[str, Any] | None = None
+        self._clips: ClipProtocol | None = None  # of the reference, or of the samples
         self._device = torch.device("cpu")
 
     def _measures_of(self, network: str) -> list[str]:
@@ -159,6 +165,8 @@ class EvaluationSuite:
             num_samples: how many samples are going to be evaluated, if that is known.
         """
         problems = [sentence for network in self.networks for sentence in network.check()]
+        problems += [each for measure in self._of_clips for each in measure.check()]
+        problems = list(dict.fromkeys(problems))
         if self.max_reference < 2:
             problems.append(
                 f"metrics.max_reference must be at least 2, but is {self.max_reference}. "
@@ -185,30 +193,34 @@ class EvaluationSuite:
         name: str = "data",
         split: str = "train",
         crop: str = "",
+        clips: ClipProtocol | None = None,
     ) -> None:
         """Take real pictures as the reference: the training split, compared with held-out ones.
 
         Args:
-            train_images: uint8 ``(n, C, H, W)``.
+            train_images: uint8 ``(n, C, H, W)``, or clips ``(n, C, T, H, W)``.
             train_labels: ``(n,)`` int64, or None without labels.
-            heldout_images: uint8 ``(m, C, H, W)``, or None; they give the floor of distances and
-                the yardstick of novelty.
+            heldout_images: uint8 ``(m, C, H, W)``, or clips, or None; they give the floor of
+                distances and the yardstick of novelty.
             heldout_labels: ``(m,)`` int64, or None.
             fingerprint: digest of the data.
             name: name of the data set.
             split: which split ``train_images`` are.
             crop: how pictures were brought to size.
+            clips: what protocols say of clips; None: their number of frames and their size.
 
         Raises:
             DataError: if no metric can be computed with these pictures.
         """
         started = time.perf_counter()
         self._reasons = {}
+        self._clips = clips or clips_of(check_samples(train_images))
         for metric in self._by_features:
             if self._fit(metric, train_images, train_labels, fingerprint):
                 # pixels are read faster than features, and probes differ with the data
-                slow = any(True for _ in metric.network.parameters())
-                cached = self.cache_reference and slow and not metric.network.learns_from_labels
+                learned = any(True for _ in metric.network.parameters())
+                slow = learned or self._clips is not None
+                cached = self.cache_reference and learned and not metric.network.learns_from_labels
                 metric.reference = reference_from_images(
                     metric.network,
                     train_images,
@@ -220,6 +232,7 @@ class EvaluationSuite:
                 )
         self._fit_judge(train_images, train_labels, heldout_images, heldout_labels)
         self._choose_active()
+        self._prepare_clips(heldout_images)
         self._reference_facts = {
             "reference": name,
             "reference_sha256": fingerprint,
@@ -257,6 +270,8 @@ class EvaluationSuite:
                 )
         self._fit_judge(found.images, found.labels, None, None)
         self._choose_active()
+        self._clips = None if found.images is None else clips_of(found.images)
+        self._prepare_clips(None)
         counted = found.statistics.get("mu")
         pictures = 0 if found.images is None else len(found.images)
         self._reference_facts = {
@@ -287,6 +302,17 @@ class EvaluationSuite:
     def _prepare(self, network: FeatureNetwork) -> None:
         network.prepare()
         network.to(self._device)
+
+    @property
+    def _of_clips(self) -> list[ClipMeasure]:
+        holder = self._holders.get(OF_CLIPS)
+        return list(holder.by_name.values()) if isinstance(holder, ClipMetrics) else []
+
+    def _prepare_clips(self, heldout: Tensor | None) -> None:
+        holder = self._holders.get(OF_CLIPS)
+        if isinstance(holder, ClipMetrics):
+            holder.prepare(self._device)
+            holder.look_at_real(heldout, self._settings.seed)
 
     def _fit_judge(
         self,
@@ -344,27 +370,24 @@ class EvaluationSuite:
         """Look at samples.
 
         Args:
-            images: uint8 ``(B, C, H, W)``, on any device.
+            images: uint8 ``(B, C, H, W)``, or clips ``(B, C, T, H, W)``, on any device.
             labels: ``(B,)`` int64 that the samples were generated for, or None.
             sample_ids: ``(B,)`` int64 global numbers; on one process they may be left out.
             captions: B captions that the samples were generated for, or None.
 
         Raises:
             ConfigError: if a metric cannot read a caption.
-            DataError: if the pictures are not 8-bit, or there is no reference.
+            DataError: if the pictures are not 8-bit, are clips where the metrics read pictures or
+                the other way round, or there is no reference.
         """
-        check_images(images)
+        check_samples(images)
         self._require_reference()
+        self._clips = self._clips or clips_of(images)
+        check_alike(images, self._clips, self.networks)
         started = time.perf_counter()
         for holder in self._holders.values():
-            if not holder.active:
-                continue
-            if isinstance(holder, FeatureMetrics):
-                holder.update(images.to(self._device), sample_ids)
-            elif isinstance(holder, SceneAgreement):
-                holder.update(images, captions, sample_ids)
-            else:
-                holder.update(images, labels, sample_ids)
+            if holder.active:
+                feed(holder, images, labels, captions, sample_ids, device=self._device)
         spent = time.perf_counter() - started
         self.seconds["features"] = self.seconds.get("features", 0.0) + spent
 
@@ -382,6 +405,7 @@ class EvaluationSuite:
                 )
         for network in self.networks:  # an inception score compares with nothing
             self._prepare(network)
+        self._prepare_clips(None)
         self._reference_facts = {}
 
     def compute(self, protocol: EvalProtocol | None = None) -> list[MetricValue]:
@@ -405,11 +429,22 @@ class EvaluationSuite:
         for planned in self._plan:
             if planned.name in self.skipped:
                 continue
-            if planned.measure not in values[planned.network]:
-                self.skipped[planned.name] = planned.lacking(values[planned.network])
-                continue
             holder = self._holders[planned.network]
-            made_under = self._protocol_of(planned, holder, protocol or EvalProtocol())
+            if planned.measure not in values[planned.network]:
+                self.skipped[planned.name] = (
+                    holder.reasons[planned.measure]
+                    if isinstance(holder, ClipMetrics)
+                    else planned.lacking(values[planned.network])
+                )
+                continue
+            made_under = result_protocol(
+                planned,
+                holder,
+                protocol or EvalProtocol(),
+                settings=self._settings,
+                reference=self._reference_facts or {},
+                clips=self._clips,
+            )
             self.protocols[made_under.digest] = made_under
             details = holder.details[planned.measure]
             self.seconds[planned.name] = details["seconds"]
@@ -442,32 +477,6 @@ class EvaluationSuite:
             f"The metrics demand {self.num_samples} samples, but {count} different ones were "
             f"given. Generate num_samples={self.num_samples}, or set metrics.num_samples=null."
         )
-
-    def _protocol_of(
-        self,
-        planned: PlannedMetric,
-        holder: FeatureMetrics | LabelMetrics | SceneAgreement,
-        base: EvalProtocol,
-    ) -> EvalProtocol:
-        facts: dict[str, Any] = {"num_samples": holder.num_samples}
-        if isinstance(holder, LabelMetrics):
-            facts |= {
-                "features": Judge.description,
-                "resize": "none",
-                "settings": (("max_images", holder.max_images), ("seed", holder.seed)),
-            }
-        elif isinstance(holder, SceneAgreement):
-            facts |= {"features": holder.description, "resize": "none"}
-        else:
-            facts |= {
-                "features": holder.network.description,
-                "features_sha256": holder.network.sha256,
-                "resize": holder.network.resize,
-                "settings": settings_of(planned.measure, self._settings),
-            }
-        if planned.has_reference:
-            facts |= self._reference_facts or {}
-        return base.replace(**facts)
 
     def reset(self) -> None:
         """Forget the samples; reference and networks stay."""

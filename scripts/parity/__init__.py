@@ -40,14 +40,15 @@ class Comparison:
             return float("inf")
         if self.got.numel() == 0:
             return 0.0
-        error = (self.got.double() - self.expected.double()).abs().max().item()
+        got, expected = self.got.double(), self.expected.double()
+        error = (got - expected).abs().masked_fill(got == expected, 0.0).max().item()
         return error if error == error else float("inf")
 
     @property
     def relative(self) -> float:
         """Largest absolute difference over the largest reference value."""
         scale = self.expected.double().abs().max().item() if self.expected.numel() else 0.0
-        return self.absolute / scale if scale > 0 else self.absolute
+        return self.absolute / scale if 0 < scale < float("inf") else self.absolute
 
     @property
     def passed(self) -> bool:

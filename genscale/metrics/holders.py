@@ -1,0 +1,73 @@
+"""What a suite collects samples in: one metric a feature network, one for labels, and so on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from genscale.metrics.comparison import MeasureSettings
+from genscale.metrics.feature_metrics import FeatureMetrics
+from genscale.metrics.features import FeatureNetwork
+from genscale.metrics.label_metrics import LabelMetrics
+from genscale.metrics.names import EVERY_PIXEL, OF_CAPTIONS, OF_CLIPS, OF_LABELS
+from genscale.metrics.pixels import Pixels
+from genscale.metrics.scene_agreement import SceneAgreement
+from genscale.metrics.video.measures import ClipMeasure, ClipMetrics
+
+Holder = FeatureMetrics | LabelMetrics | SceneAgreement | ClipMetrics
+
+
+def build_holders(
+    planned: Mapping[str, Sequence[str]],
+    features: Sequence[FeatureNetwork],
+    clip_measures: Sequence[ClipMeasure],
+    *,
+    settings: MeasureSettings,
+    keep_features: bool,
+    max_judge_images: int,
+) -> dict[str, Holder]:
+    """Return a holder for every network, or kind of measure, that something is planned for.
+
+    Args:
+        planned: names of measures by network, see :mod:`genscale.metrics.names`.
+        features: feature networks.
+        clip_measures: measures of single clips.
+        settings: numbers of the measures.
+        keep_features: keep features also where moments are enough.
+        max_judge_images: pictures a judge is trained on, at most.
+    """
+    holders: dict[str, Holder] = {}
+    for network in (*features, Pixels(None, name=EVERY_PIXEL)):
+        if measures := planned.get(network.name):
+            holders[network.name] = FeatureMetrics(
+                network, measures, settings=settings, keep_features=keep_features
+            )
+    if measures := planned.get(OF_LABELS):
+        holders[OF_LABELS] = LabelMetrics(measures, max_images=max_judge_images, seed=settings.seed)
+    if measures := planned.get(OF_CAPTIONS):
+        holders[OF_CAPTIONS] = SceneAgreement(measures)
+    if measures := planned.get(OF_CLIPS):
+        holders[OF_CLIPS] = ClipMetrics([each for each in clip_measures if each.name in measures])
+    return holders
+
+
+def feed(
+    holder: Holder,
+    images: Tensor,
+    labels: Tensor | None,
+    captions: Sequence[str] | None,
+    sample_ids: Tensor | None,
+    *,
+    device: torch.device,
+) -> None:
+    """Show a holder samples with what it reads of them, on ``device`` where networks run."""
+    if isinstance(holder, FeatureMetrics):
+        holder.update(images.to(device), sample_ids)
+    elif isinstance(holder, ClipMetrics):
+        holder.update(images.to(device), captions, sample_ids)
+    elif isinstance(holder, SceneAgreement):
+        holder.update(images, captions, sample_ids)
+    else:
+        holder.update(images, labels, sample_ids)
