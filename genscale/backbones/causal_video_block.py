@@ -247,6 +247,13 @@ class CausalVideoBlock(nn.Module):
         return x + (y * gate_2).to(x.dtype)
 
 
+def project_text(block: nn.Module, text: Tensor) -> KeysValues:
+    """Return a block's keys and values of embedded text ``(B, M, D)``."""
+    attention = block.get_submodule("text_attention")
+    assert isinstance(attention, TextAttention)
+    return attention.project(text)
+
+
 class CausalVideoHead(nn.Module):
     """(1 + scale) LN(x) + shift, then linear, to the pixels of a patch.
 

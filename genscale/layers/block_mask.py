@@ -165,7 +165,7 @@ def _flex(mask: BlockCausalMask, device: torch.device) -> Any:
 def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)  # type: ignore[no-any-return]
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def masked_attention(
