@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,14 @@ from genscale.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdamW:
-    """AdamW with decoupled weight decay (arXiv:1711.05101), fused into one kernel a step.
+class OptimizerFactory(ABC):
+    """Settings of an optimizer with two moments and decoupled weight decay.
 
     Parameters that the model names in ``no_weight_decay()`` get no decay; all others do,
     biases and norms included, as in U-ViT's and DiMR's recipes.
+
+    An optimizer built by it skips a step, on the device, where its attribute ``found_inf`` is not
+    0: neither weights nor moments change.
 
     Args:
         lr: peak learning rate.
@@ -28,6 +32,9 @@ class AdamW:
         final_weight_decay: that of the last step, where it differs: in between it follows half a
             cosine, as in VAR's recipe. None keeps it constant.
         decay_all: decay also what the model names, as LaMamba's official program does.
+
+    Raises:
+        ConfigError: an impossible number.
     """
 
     lr: float = 1e-4
@@ -48,8 +55,12 @@ class AdamW:
                 "Give e.g. optim.betas=[0.9,0.99]."
             )
 
+    @abstractmethod
     def build(self, model: nn.Module) -> Optimizer:
         """Return the optimizer over the trainable parameters of ``model``."""
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Return the trainable parameters of ``model`` by what decays them."""
         exempt: set[str] = set()
         if isinstance(model, Backbone) and not self.decay_all:
             exempt = model.no_weight_decay()
@@ -64,9 +75,18 @@ class AdamW:
         ]
         if self.final_weight_decay is not None:  # the schedule reads it
             groups[0]["weight_decay_range"] = (self.weight_decay, self.final_weight_decay)
+        return [group for group in groups if group["params"]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamW(OptimizerFactory):
+    """AdamW with decoupled weight decay (arXiv:1711.05101), fused into one kernel a step."""
+
+    def build(self, model: nn.Module) -> Optimizer:
+        """Return the optimizer over the trainable parameters of ``model``."""
         # fused also lets a non-finite step be skipped on the device, without a host sync
         return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            self.groups(model),
             lr=self.lr,
             betas=(float(self.betas[0]), float(self.betas[1])),  # torch refuses whole numbers
             eps=self.eps,

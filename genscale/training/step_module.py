@@ -14,7 +14,7 @@ from genscale.rng import Purpose
 from genscale.run_weights import key_of
 from genscale.training.ema import EMA
 from genscale.training.lr_schedule import Schedule
-from genscale.training.optim import AdamW
+from genscale.training.optim import OptimizerFactory
 
 
 class StepModule(pl.LightningModule):
@@ -44,7 +44,7 @@ class StepModule(pl.LightningModule):
         self,
         *,
         model: nn.Module,
-        optimizer: AdamW,
+        optimizer: OptimizerFactory,
         lr_schedule: Schedule,
         ema: EMA,
         batch_size: int,

@@ -12,7 +12,7 @@ from genscale import rng
 from genscale.io.images import from_uint8
 from genscale.training.ema import EMA
 from genscale.training.lr_schedule import Schedule
-from genscale.training.optim import AdamW
+from genscale.training.optim import OptimizerFactory
 from genscale.training.parallel import clip_gradients
 from genscale.training.step_module import StepModule
 from genscale.training.trainable import MODEL, GroupLosses, PictureBatch, Trainable, all_reduce
@@ -40,7 +40,7 @@ class TrainableModule(StepModule):
         self,
         *,
         trainable: Trainable,
-        optimizer: AdamW,
+        optimizer: OptimizerFactory,
         lr_schedule: Schedule,
         ema: EMA,
         batch_size: int,
