@@ -69,7 +69,8 @@ def main_average(law: Any) -> str:
     """
     law = law if isinstance(law, Mapping) else {}
     several = law.get("decays") or law.get("sigma_rels") or [None]
-    length = law.get("decay", law.get("sigma_rel", several[0]))
+    lengths = (law[key] for key in ("decay", "half_life", "sigma_rel") if key in law)
+    length = next(lengths, several[0])
     return MAIN if length is None else f"{MAIN}_{length}"
 
 

@@ -30,6 +30,7 @@ def test_a_name_survives_being_a_key_of_modules(name: str) -> None:
     ("law", "name"),
     [
         ({"decay": 0.998, "warmup": True}, "ema_0.998"),
+        ({"half_life": 6000, "warmup": False}, "ema_6000"),
         ({"sigma_rel": 0.05}, "ema_0.05"),
         ({"decays": [0.999, 0.99]}, "ema_0.999"),
         ({"sigma_rels": [0.1, 0.05], "snapshot_every": 10}, "ema_0.1"),

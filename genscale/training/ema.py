@@ -80,6 +80,37 @@ class ConstantEMA(EMA):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HalfLifeEMA(EMA):
+    """A constant decay, said by the optimizer steps after which weights count half as much.
+
+    Args:
+        half_life: h in steps, above 0; the decay is 0.5^(1 / h). At another batch size, the same
+            number of samples is another number of steps.
+        warmup: see :class:`ConstantEMA`.
+    """
+
+    half_life: float = 6000
+    warmup: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.half_life < math.inf:
+            raise ConfigError(
+                f"ema.half_life must be positive, but {self.half_life} was given. "
+                "Give e.g. ema.half_life=6000, in optimizer steps."
+            )
+
+    def decay_at(self, step: int) -> float:
+        """Return the decay of step ``step``."""
+        decay = 0.5 ** (1.0 / self.half_life)
+        return ConstantEMA(decay=decay, warmup=self.warmup).decay_at(step)
+
+    @property
+    def name(self) -> str:
+        """``ema_`` and the half-life."""
+        return f"ema_{self.half_life}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PowerEMA(EMA):
     """A power-function profile whose length is a share of the training so far (arXiv:2312.02696).
 

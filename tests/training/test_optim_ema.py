@@ -10,7 +10,7 @@ from torch import nn
 
 from genscale.backbones.base import Backbone
 from genscale.errors import ConfigError
-from genscale.training.ema import ConstantEMA, PowerEMA
+from genscale.training.ema import ConstantEMA, HalfLifeEMA, PowerEMA
 from genscale.training.lr_schedule import Constant, Cosine, WarmupStableDecay
 from genscale.training.optim import AdamW
 
@@ -87,6 +87,15 @@ class TestAverages:
         law = ConstantEMA(decay=0.998, warmup=True)
         assert law.decay_at(1) == pytest.approx(2 / 11)
         assert law.decay_at(10**6) == 0.998
+
+    def test_after_a_half_life_weights_count_half(self) -> None:
+        law = HalfLifeEMA(half_life=6000)
+        assert law.decay_at(1) ** 6000 == pytest.approx(0.5)
+        assert law.decay_at(1) == pytest.approx(0.99988448, abs=1e-8)  # Snap Video's
+        assert law.name == "ema_6000"
+        assert HalfLifeEMA(half_life=6000, warmup=True).decay_at(1) == pytest.approx(2 / 11)
+        with pytest.raises(ConfigError, match=r"ema.half_life must be positive, but 0 was given"):
+            HalfLifeEMA(half_life=0)
 
     def test_power_profile_has_the_width_asked_for(self) -> None:
         # EDM2 (arXiv:2312.02696) states gamma 16.97 and 6.94 for widths 0.05 and 0.10
