@@ -4,7 +4,7 @@ The architecture is Wan's (arXiv:2503.20314) with the block-causal attention of 
 (arXiv:2412.07772) and Self Forcing (arXiv:2506.08009, official program guandeh17/Self-Forcing,
 Apache-2.0), matched number for number (``scripts/parity/causal_wan.py``); what is kept of a long
 history follows BlockVid (arXiv:2511.22973). Checkpoints load through
-``genscale/io/converters/causal_video.py``.
+``genscale/io/converters/causal_wan.py``.
 
 Every frame has a time of its own, so that frames may be noisy to different degrees (Diffusion
 Forcing, arXiv:2407.01392). A video is made block by block: finished blocks are remembered as keys

@@ -183,8 +183,8 @@ def _check_layout(cfg: DictConfig, family: ModuleType) -> None:
     if cfg.layout == "diffusers":
         if not hasattr(family, "from_diffusers"):
             raise ConfigError(
-                f"layout=diffusers is known of family=dit, but family={cfg.family} was given. "
-                "Give layout=official."
+                "layout=diffusers is known of family=dit, sit and causal_wan, but "
+                f"family={cfg.family} was given. Give layout=official."
             )
         if cfg.weights is not None:
             raise ConfigError(
@@ -200,9 +200,10 @@ def _read(
     from genscale.io.published import read_diffusers, read_state_dict
 
     if cfg.layout == "diffusers":
-        state, config = read_diffusers(file)
+        classes = getattr(family, "DIFFUSERS", None)
+        state, config = read_diffusers(file, (classes,)) if classes else read_diffusers(file)
         return state, family.config_from_diffusers(config)
-    state = read_state_dict(file, cfg.weights, nested=getattr(family, "NESTED", ()))
+    state = read_state_dict(file, cfg.weights, **_where_weights_lie(family))
     heads, size = given.get("num_heads"), given.get("input_size")
     hints: dict[str, Any] = {
         "num_heads": heads if isinstance(heads, int) else None,
@@ -215,6 +216,13 @@ def _read(
     if heads is None and "num_heads" in found and _depends_on_heads(family, state, found, hints):
         print(f"num_heads={found['num_heads']} is assumed, as published: no shape tells it")
     return state, found
+
+
+def _where_weights_lie(family: ModuleType) -> dict[str, Any]:
+    return {
+        "nested": getattr(family, "NESTED", ()),
+        "containers": getattr(family, "CONTAINERS", {}),
+    }
 
 
 def _told_beside(family: ModuleType, file: Path, given: dict[str, Any]) -> dict[str, Any]:

@@ -75,23 +75,24 @@ def as_words(settings: Mapping[str, Any]) -> str:
 
 
 def write_diffusers(model: Backbone, folder: Path) -> None:
-    """Write a DiT as the folder of diffusers' ``DiTTransformer2DModel``.
+    """Write a network as the folder of its diffusers class, a DiT's or a causal Wan's.
 
     Raises:
-        ConfigError: another network than a DiT, or settings that its layout cannot hold.
+        ConfigError: another network, or settings that its layout cannot hold.
     """
     names = families_of(type(model))
     module = families()[names[0]] if names else None
     if module is None or not hasattr(module, "to_diffusers"):
         raise ConfigError(
-            f"layout=diffusers is for DiT and SiT, but the run's network is a "
+            f"layout=diffusers is for DiT, SiT and causal Wan, but the run's network is a "
             f"{type(model).__name__}. Give layout=genscale, which diffusers' ModelMixin wrote."
         )
     state = module.to_diffusers(model.state_dict(), model.config)
 
-    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+    import diffusers
 
+    network = getattr(diffusers, getattr(module, "DIFFUSERS", "DiTTransformer2DModel"))
     with torch.device("meta"):
-        theirs = DiTTransformer2DModel(**module.diffusers_config(model.config))
+        theirs = network(**module.diffusers_config(model.config))
     theirs.load_state_dict(state, strict=True, assign=True)
     theirs.save_pretrained(folder)

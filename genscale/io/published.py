@@ -15,11 +15,16 @@ from genscale.io.weights import check_choice, read_checkpoint
 
 WEIGHTS = ("ema", "model")  # what training files call them
 _DIFFUSERS = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter before diffusers 0.30
+_NO_NAMES: Mapping[str, str] = {}
 _STEM = "diffusion_pytorch_model"
 
 
 def read_state_dict(
-    path: Path, weights: str | None = None, *, nested: Sequence[str] = ()
+    path: Path,
+    weights: str | None = None,
+    *,
+    nested: Sequence[str] = (),
+    containers: Mapping[str, str] = _NO_NAMES,
 ) -> dict[str, Tensor]:
     """Read the state dict in a file of another program.
 
@@ -30,6 +35,7 @@ def read_state_dict(
         weights: ``ema`` or ``model``; None takes ``ema`` where there are several.
         nested: keys of a training file below which the weights lie, one in the other; read where
             they are there.
+        containers: what a program calls its weights -> ``ema`` or ``model``.
 
     Raises:
         CheckpointError: a file without weights, without these, or that cannot be read safely.
@@ -46,6 +52,7 @@ def read_state_dict(
             f"['{wanted}'], 'weights.pt'), and import that file."
         ),
     )
+    content = {containers.get(name, name): part for name, part in content.items()}
     inner: Any = content
     for key in nested:
         inner = inner.get(key) if isinstance(inner, Mapping) else None
@@ -103,11 +110,14 @@ def read_settings_beside(path: Path) -> dict[str, Any] | None:
     return settings
 
 
-def read_diffusers(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read weights and config of a DiT in diffusers' layout.
+def read_diffusers(
+    path: Path, classes: Sequence[str] = _DIFFUSERS
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read weights and config of a DiT, or of another network, in diffusers' layout.
 
     Args:
         path: the model's folder, a pipeline's folder with ``transformer/``, or the weight file.
+        classes: names that diffusers has, or had, for such a network.
 
     Returns:
         state dict (of all shards), and ``config.json``.
@@ -123,16 +133,16 @@ def read_diffusers(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         lacking = f"{_STEM}.safetensors" if not files else "config.json"
         raise CheckpointError(
             f"{lacking} is missing from {config_file.parent}, and the folder of a diffusers model "
-            "has it beside the other. Give the folder of a DiTTransformer2DModel."
+            f"has it beside the other. Give the folder of a {classes[0]}."
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{config_file} is damaged: {error}. Get it again.") from error
     kind = config.get("_class_name") if isinstance(config, dict) else None
-    if kind not in _DIFFUSERS or config.get("norm_type", "ada_norm_zero") != "ada_norm_zero":
+    if kind not in classes or config.get("norm_type", "ada_norm_zero") != "ada_norm_zero":
         raise CheckpointError(
-            f"{config_file} describes {kind or 'no model'}, but a {_DIFFUSERS[0]} was expected. "
+            f"{config_file} describes {kind or 'no model'}, but a {classes[0]} was expected. "
             "Give the folder of one."
         )
     state: dict[str, Tensor] = {}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from genscale.backbones.causal_video import CausalVideo
 from genscale.conditioning.base import Conditioning
-from genscale.io.converters.causal_video import config_from_official, from_official, to_official
+from genscale.io.converters.causal_wan import config_from_official, from_official, to_official
 from genscale.layers.block_mask import BlockCausalMask, block_spans
 from genscale.layers.rope import rotate
 from genscale.layers.rope3d import grid_rotation
@@ -57,7 +57,8 @@ def _train(case: Case) -> list[Comparison]:
 
     def predict() -> Tensor:
         t, clean_t = inputs["t"], inputs.get("aug_t")
-        return model(inputs["x"], t, cond, clean=clean, clean_t=clean_t).sample
+        sample: Tensor = model(inputs["x"], t, cond, clean=clean, clean_t=clean_t).sample
+        return sample
 
     results = []
     for name, expected in outputs.items():

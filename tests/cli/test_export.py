@@ -129,7 +129,10 @@ def test_layouts_that_cannot_hold_the_network_are_refused(command: Any, tmp_path
     config, run = config_of(model), tmp_path / "uvit"
     GenerationPipeline.from_config(config, model=model).save_pretrained(run, config)
     answer = command("export", f"run={run}", "layout=diffusers")
-    assert "layout=diffusers is for DiT and SiT, but the run's network is a UViT" in answer.err
+    assert (
+        "layout=diffusers is for DiT, SiT and causal Wan, but the run's network is a UViT"
+        in answer.err
+    )
     assert not (run / "exports").exists()
     with pytest.raises(ConfigError, match="holds softmax attention only"):
         write_diffusers(DiT(**SETTINGS | {"attention": "nala"}), tmp_path)

@@ -228,7 +228,7 @@ def test_words_that_are_parameters_become_settings() -> None:
         (("family=dti",), "but 'dti' was given. Did you mean 'dit'?"),
         (("file=nowhere.pt",), "No weight file at nowhere.pt"),
         (("layout=difusers",), "Did you mean 'diffusers'?"),
-        (("family=uvit", "layout=diffusers"), "layout=diffusers is known of family=dit, but famil"),
+        (("family=uvit", "layout=diffusers"), "layout=diffusers is known of family=dit, sit and "),
         (("layout=diffusers", "weights=ema"), "folders of diffusers hold one set. Leave it out."),
         (("weights=model",), "is a bare state dict, but weights=model was given"),
         (("depth=36",), "The file looks like depth 2, the config says 36. Build the model with de"),

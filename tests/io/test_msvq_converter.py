@@ -217,7 +217,7 @@ def test_what_a_file_does_not_tell_is_named() -> None:
 
 
 def test_diffusers_has_no_such_network(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is for DiT and SiT, but .* a MSVQ"):
+    with pytest.raises(ConfigError, match=r"is for DiT, SiT and causal Wan, but .* a MSVQ"):
         write_diffusers(tiny(), tmp_path)
 
 

@@ -7,7 +7,9 @@ num_heads=None, input_size=None)``, ``from_official(state, model)``, ``to_offici
 It may also have ``NESTED``, the keys below which training files hold the weights, and ``UNTOLD``,
 names of settings that no tensor tells and no default should guess: ``config.json`` beside a weight
 file does, and ``config_to_official(config)`` gives what an export writes into it, or None. The
-second function of a scale-wise family also takes ``scales=None``.
+second function of a scale-wise family also takes ``scales=None``. ``CONTAINERS`` tells what a
+program calls its weights, and ``DIFFUSERS`` the class of diffusers that holds them, DiT's by
+default.
 """
 
 from __future__ import annotations
