@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genscale.errors import CheckpointError
-from genscale.io.weights import load_strictly, read_checkpoint
+from genscale.io.weights import assign_strictly, read_checkpoint
 from genscale.metrics.features import file_sha256, fingerprint
 from genscale.metrics.video.clips import ClipNetwork
 from genscale.metrics.video.i3d_graph import I3DGraph
@@ -61,7 +61,6 @@ class I3D(ClipNetwork):
         self.clips_a_pass = clips_a_pass
         self._sha256: str | None = None
         self._script = False
-        self._device = torch.device("cpu")
         self.graph: Any = nn.Identity()
 
     @property
@@ -102,9 +101,12 @@ class I3D(ClipNetwork):
             for name, value in read_checkpoint(path).items()
             if not name.endswith(_COUNTER)
         }
-        graph = I3DGraph()
-        own = {n: v for n, v in graph.state_dict().items() if n.endswith(_COUNTER)}
-        load_strictly(graph, state | own, source=path, hint=f"Give {STATE} or {SCRIPT}.")
+        with torch.device("meta"):  # nothing is allocated before the weights are read
+            graph = I3DGraph()
+        counters = {name for name in graph.state_dict() if name.endswith(_COUNTER)}
+        whole = state | dict.fromkeys(counters, torch.zeros((), dtype=torch.int64))
+        hint = f"Give {STATE} or {SCRIPT}."
+        assign_strictly(graph, whole, device=torch.device("cpu"), source=path, hint=hint)
         self.graph = graph.eval().requires_grad_(False)
         self._sha256 = fingerprint(state)
 
@@ -120,8 +122,8 @@ class I3D(ClipNetwork):
             if (weights_folder() / name).is_file():
                 return weights_folder() / name
         raise CheckpointError(
-            f"No weights for 'i3d' in {weights_folder()} (expected {SCRIPT}, as StyleGAN-V uses it, "
-            f"or {STATE}). Put one there, or give metrics.features.0.weights=<its path>; "
+            f"No weights for 'i3d' in {weights_folder()} (expected {SCRIPT}, as StyleGAN-V uses "
+            f"it, or {STATE}). Put one there, or give metrics.features.0.weights=<its path>; "
             "metrics=video needs none."
         )
 
