@@ -175,6 +175,8 @@ class GuidedView(Denoiser):
         guided = mask.expand(len(x)).nonzero()[:, 0]
         memory = memory or {"conditional": None, "null": None}
         kept = memory.get("guidance")
+        if kept is not None and kept.shape != x.shape:
+            kept = None  # of other frames of a video
         if len(guided) == 0:
             own = self.view(x, level, cond, memory["conditional"])
             own.memory = _pack(own.memory, memory["null"], kept)
@@ -205,13 +207,18 @@ class GuidedView(Denoiser):
             variance=own.variance,
         )
 
+    def begin(self, batch: int, shape: tuple[int, ...]) -> Any:
+        """Return the memory of videos that begin, one a branch."""
+        own = self.view.begin(batch, shape)
+        return _pack(own, (self.weak or self.view).begin(batch, shape), None)
+
     def refresh(
         self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
     ) -> Prediction:
         """Let both branches read ``x``, whatever the interval; nothing is guided."""
         memory = memory or {"conditional": None, "null": None}
         own, other = self._both(x, level, cond, memory, torch.arange(len(x), device="cpu"))
-        own.memory = _pack(own.memory, other.memory, memory.get("guidance"))
+        own.memory = _pack(own.memory, other.memory, None)  # other frames come next
         own.cost = own.cost + other.cost
         return own
 

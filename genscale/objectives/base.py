@@ -152,6 +152,14 @@ class Denoiser(View):
     ) -> Prediction:
         """Estimate clean sample and noise of ``x`` ``(B, ...)``, float32 or float64."""
 
+    def begin(self, batch: int, shape: tuple[int, ...]) -> Any:
+        """Return the memory of ``batch`` videos of ``shape`` that begin; None where there is none.
+
+        Without it a video begins too, at the first call; with it, videos that stand at different
+        frames can be held together from the start on.
+        """
+        return None
+
     def refresh(
         self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
     ) -> Prediction:

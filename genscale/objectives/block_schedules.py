@@ -228,28 +228,6 @@ def ramp(length: int, low: float, high: float, kind: Ramp = "cosine") -> list[fl
     return [low + place * (high - low) for place in places]
 
 
-def block_sizes(frames: int, block_size: int, *, independent_first: bool = False) -> list[int]:
-    """Return the frames of each block of a clip; mask, loss and cache all go by this partition.
-
-    Args:
-        frames: F.
-        block_size: frames k a block.
-        independent_first: the first frame is a block of its own.
-
-    Raises:
-        ConfigError: frames that do not divide into blocks.
-    """
-    first = [1] if independent_first else []
-    rest = frames - len(first)
-    if block_size < 1 or rest < 0 or frames < 1 or rest % block_size:
-        behind = " after the first frame" if independent_first else ""
-        raise ConfigError(
-            f"A clip of {frames} frames does not divide into blocks of {block_size}{behind}. Give "
-            f"a multiple of {block_size} frames{', and one more' if independent_first else ''}."
-        )
-    return first + [block_size] * (rest // block_size)
-
-
 def fused_snr_weights(snr: Tensor, *, clip: float = 5.0, decay: float = 0.96) -> Tensor:
     """Return weights ``(B, F)`` of v-prediction errors by the noise of a frame and of its past.
 

@@ -45,6 +45,11 @@ class CachedView(NetworkView):
         self.block_size = block_size_of(backbone)
         self._begin: Any = getattr(backbone, "begin", None)
 
+    def begin(self, batch: int, shape: tuple[int, ...]) -> Any:
+        """Return the memory of ``batch`` videos ``(C, F, H, W)`` that begin."""
+        dtype = cache_dtype(self.device, next(self.backbone.parameters()))
+        return self._begin(batch, self.device, dtype, shape=shape)
+
     def __call__(
         self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
     ) -> Prediction:
@@ -57,8 +62,7 @@ class CachedView(NetworkView):
             memory: of the call before; None begins a video.
         """
         if memory is None:
-            parameter = next(self.backbone.parameters())
-            memory = self._begin(len(x), x.device, cache_dtype(x.device, parameter))
+            memory = self.begin(len(x), self.sample_shape)
         return super().__call__(x, shared_by_frames(level, len(x)), cond, memory)
 
 

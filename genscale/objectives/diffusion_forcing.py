@@ -11,11 +11,11 @@ from torch import Tensor
 from genscale import rng
 from genscale.backbones.base import Backbone, BackboneOutput
 from genscale.errors import ConfigError, did_you_mean
+from genscale.layers.block_mask import block_spans
 from genscale.objectives.base import Batch, LossOutput, on
 from genscale.objectives.block_schedules import (
     Ramp,
     ShiftedTable,
-    block_sizes,
     fused_snr_weights,
     ramp,
 )
@@ -117,13 +117,12 @@ class DiffusionForcing(DenoisingObjective):
         """Return the frames of each block of a clip, as the network's mask has them.
 
         Raises:
-            ConfigError: a network that is not block-causal, or frames that do not divide.
+            ConfigError: a network that is not block-causal.
+            ValueError: frames that do not divide into blocks.
         """
-        return block_sizes(
-            frames,
-            block_size_of(backbone),
-            independent_first=bool(getattr(backbone, "independent_first_frame", False)),
-        )
+        first = bool(getattr(backbone, "independent_first_frame", False))
+        spans = block_spans(frames, block_size_of(backbone), short_first=first)
+        return [stop - start for start, stop in spans]
 
     def times(self, step: StepRandom, sizes: Sequence[int]) -> Tensor:
         """Draw the time of every frame: ``(B, F)`` float64, equal inside a block by default."""
@@ -144,7 +143,8 @@ class DiffusionForcing(DenoisingObjective):
         """Compute the loss of a batch of clips; see the class.
 
         Raises:
-            ConfigError: a network that is not block-causal, or clips that are not whole blocks.
+            ConfigError: a network that is not block-causal.
+            ValueError: clips that are not whole blocks.
         """
         clean = batch.clean
         sizes = self.sizes(backbone, clean.shape[2])

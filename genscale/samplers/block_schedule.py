@@ -10,12 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from genscale.objectives.block_schedules import (
-    autoregressive,
-    block_sizes,
-    full_sequence,
-    pyramid,
-)
+from genscale.layers.block_mask import block_spans
+from genscale.objectives.block_schedules import autoregressive, full_sequence, pyramid
 
 BlockScheduleName = Literal["autoregressive", "pyramid", "staircase", "full_sequence"]
 
@@ -73,7 +69,7 @@ def block_plan(
     *,
     block_size: int,
     delay: float = 1.0,
-    independent_first: bool = False,
+    independent_first_frame: bool = False,
 ) -> BlockPlan:
     """Return the plan of a video of ``frames``.
 
@@ -85,12 +81,13 @@ def block_plan(
         steps: steps S of a block.
         block_size: frames k a block.
         delay: see ``schedule``; S at most, as no step is idle.
-        independent_first: the first frame is a block of its own.
+        independent_first_frame: the first frame is a block of its own.
 
     Raises:
-        ConfigError: frames that do not divide into blocks.
+        ValueError: frames that do not divide into blocks.
     """
-    sizes = block_sizes(frames, block_size, independent_first=independent_first)
+    spans = block_spans(frames, block_size, short_first=independent_first_frame)
+    sizes = [stop - start for start, stop in spans]
     if schedule == "autoregressive":
         matrix = autoregressive(len(sizes), steps)
     elif schedule == "full_sequence":

@@ -67,6 +67,9 @@ class Blocks(Sampler):
     Raises:
         ConfigError: an unknown name, an impossible number, frames that are no whole blocks, or a
             delay at which more blocks would be under way than the window holds.
+
+    Attributes:
+        plan: which frames are under way at each step.
     """
 
     def __init__(
@@ -113,23 +116,22 @@ class Blocks(Sampler):
                 f"{self.block_size} frames, but {window} was given with {schedule}. Leave it out."
             )
         self.delay = self._delay(delay, window or trained_frames or frames)
+        try:
+            self.plan: BlockPlan = block_plan(
+                schedule,
+                frames,
+                steps,
+                block_size=self.block_size,
+                delay=self.delay,
+                independent_first_frame=independent_first_frame,
+            )
+        except ValueError as error:
+            raise ConfigError(f"sampler.frames={frames} cannot be made: {error}") from error
 
     @property
     def steps_a_block(self) -> int:
         """Steps S that a block takes."""
         return self.solver.intervals
-
-    @property
-    def plan(self) -> BlockPlan:
-        """Which frames are under way at each step."""
-        return block_plan(
-            self.schedule,
-            self.frames,
-            self.steps_a_block,
-            block_size=self.block_size,
-            delay=self.delay,
-            independent_first=self.independent_first_frame,
-        )
 
     @property
     def stochastic(self) -> bool:
@@ -240,6 +242,7 @@ class Blocks(Sampler):
             lineage=zero.clone(),
             group=torch.arange(count, device="cpu"),
             nfe=zero.double(),
+            memory=model.begin(count, self.noise_shape(model)),
             process=model.process,
         )
 

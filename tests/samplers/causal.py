@@ -38,34 +38,32 @@ class Causal(Denoiser):
         self.calls: list[tuple[int, int, int]] = []  # rows, first frame, frames of each call
         self.levels: list[Level] = []
 
+    def begin(self, batch: int, shape: tuple[int, ...]) -> Any:
+        cache = empty_cache(
+            CachePolicy(block_size=self.block_size), num_layers=1, batch=batch, num_heads=1,
+            tokens_per_frame=HEIGHT * WIDTH, head_size=CHANNELS, frames=shape[1], device="cpu",
+            dtype=torch.float64,
+        )  # fmt: skip
+        return {VIDEO_CACHE: cache}
+
     def __call__(
         self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
     ) -> Prediction:
         frames, size = x.shape[2], self.block_size
-        if memory is None:
-            cache = empty_cache(
-                CachePolicy(block_size=size), num_layers=1, batch=len(x), num_heads=1,
-                tokens_per_frame=HEIGHT * WIDTH, head_size=CHANNELS,
-                frames=self.sample_shape[1], device="cpu", dtype=x.dtype,
-            )  # fmt: skip
-        else:
-            cache = memory[VIDEO_CACHE]
+        memory = self.begin(len(x), self.sample_shape) if memory is None else memory
+        cache = memory[VIDEO_CACHE]
         self.calls.append((len(x), frames_committed(cache), frames))
         self.levels.append(level)
         cache = claim(cache, frames)
         tokens = x.permute(0, 2, 3, 4, 1).flatten(1, 3)[:, None]  # (B, 1, f N, C)
         _, values = write(cache, 0, tokens, tokens)
-        seen = values[:, 0].unflatten(1, (-1, HEIGHT * WIDTH))  # (B, held + f, N, C)
+        seen = values[:, 0].to(x.dtype).unflatten(1, (-1, HEIGHT * WIDTH))  # (B, held + f, N, C)
         held = seen.shape[1] - frames
-        context = torch.stack(
-            [
-                # a mean over frames in order: alike in any batch
-                torch.stack(list(seen[:, : held + (f // size + 1) * size].unbind(1))).sum(0)
-                / (held + (f // size + 1) * size)
-                for f in range(frames)
-            ],
-            dim=1,
-        )  # (B, f, N, C)
+        sums = [seen[:, 0]]
+        for frame in range(1, seen.shape[1]):  # one after the other: alike in any batch
+            sums.append(sums[-1] + seen[:, frame])
+        ends = [held + (frame // size + 1) * size for frame in range(frames)]
+        context = torch.stack([sums[end - 1] / end for end in ends], dim=1)  # (B, f, N, C)
         context = context.unflatten(2, (HEIGHT, WIDTH)).permute(0, 4, 1, 2, 3)
         alpha, sigma = on(level.alpha, x), on(level.sigma, x)
         shift = torch.zeros(len(x)) if cond.labels is None else 0.125 * cond.labels
