@@ -11,6 +11,8 @@ from genscale.errors import ConfigError
 def build(node: Any, *, path: str, **extra: Any) -> Any:
     """Build the object that ``node["_target_"]`` names with the node's other keys.
 
+    A key that holds such a node itself is built first.
+
     Only classes and functions of genscale itself are built: a config that lies beside
     a checkpoint cannot make us call anything else.
 
@@ -35,7 +37,13 @@ def build(node: Any, *, path: str, **extra: Any) -> Any:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"'{path}._target_' names {target}, which does not exist.") from error
-    arguments = {key: value for key, value in node.items() if key != "_target_"}
+    arguments = {
+        key: build(value, path=f"{path}.{key}")
+        if isinstance(value, dict) and "_target_" in value
+        else value
+        for key, value in node.items()
+        if key != "_target_"
+    }
     try:
         return function(**arguments, **extra)
     except TypeError as error:

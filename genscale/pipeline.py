@@ -269,6 +269,11 @@ class GenerationPipeline:
         """Return guidance with the networks that its settings name, on this device."""
         return self.weak_models.lead(guidance, self)
 
+    def _guidance(self, guidance: Guidance | None, solver: Sampler) -> Guidance:
+        """Return guidance, or the pipeline's, ready for the steps of a sampler."""
+        steps = solver.levels(self.objective.process) if isinstance(solver, GridSampler) else None
+        return self.ready(guidance or self.guidance).along(steps)
+
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":
             return nullcontext()
@@ -305,7 +310,7 @@ class GenerationPipeline:
             network evaluations ``(B,)``.
         """
         solver = sampler or self.sampler
-        guided = self.ready(guidance or self.guidance)
+        guided = self._guidance(guidance, solver)
         view = guided.wrap(self._view(solver))
         with self._autocast():
             state = solver.run(view, cond.to(self.device), seeds)
@@ -365,7 +370,7 @@ class GenerationPipeline:
             ConfigError: search, sampler, reward, requests or budget do not fit.
         """
         solver = sampler or self.sampler
-        guided = self.ready(guidance or self.guidance)
+        guided = self._guidance(guidance, solver)
         with self._autocast():
             return setup.run(
                 solver,
@@ -384,7 +389,7 @@ class GenerationPipeline:
         Args:
             cond: conditions of at least one sample.
         """
-        guidance = self.ready(self.guidance)
+        guidance = self._guidance(None, self.sampler)
         return step_costs(self.sampler, self._view(self.sampler), cond, guidance)
 
     def stream(

@@ -13,6 +13,7 @@ from genscale.backbones.base import Backbone
 from genscale.errors import ConfigError
 from genscale.guidance.autoguidance import Autoguidance, WeakSettings
 from genscale.guidance.base import Guidance
+from genscale.guidance.dynamic_threshold import DynamicThreshold
 from genscale.objectives.base import Objective
 from genscale.run_weights import Origin, is_exported
 
@@ -75,6 +76,8 @@ class WeakModels:
 
     def lead(self, guidance: Guidance, main: Trained) -> Guidance:
         """Return autoguidance with its weak model on the main one's device; others as they are."""
+        if isinstance(guidance, DynamicThreshold):
+            return guidance.around(self.lead(guidance.guidance, main))
         if not isinstance(guidance, Autoguidance) or guidance.weak is not None:
             return guidance
         weak = self.find(guidance.settings, main)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from genscale.objectives.base import Family
+from genscale.objectives.base import Family, Level
 from genscale.objectives.schedule import NoiseProcess
 
 
@@ -21,6 +21,20 @@ class Guidance(ABC):
     def check(self, process: NoiseProcess) -> list[str]:
         """Return a sentence for everything that makes no sense on a model's noising process."""
         return []
+
+    def along(self, levels: Level | None) -> Guidance:
+        """Return this guidance for a sampler, where it depends on steps.
+
+        Args:
+            levels: at which the sampler's steps begin, and where the last one ends; None for a
+                sampler without levels of its own.
+        """
+        return self
+
+    @property
+    def active(self) -> bool:
+        """Whether samples are other ones than without it; a scale of 1 says no."""
+        return getattr(self, "scale", None) not in (None, 1.0)
 
     @abstractmethod
     def wrap(self, view: Any) -> Any:

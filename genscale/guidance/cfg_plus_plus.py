@@ -37,6 +37,11 @@ class ClassifierFreePlusPlus(BranchGuidance):
                 "scales above 1 use guidance=cfg."
             )
 
+    @property
+    def active(self) -> bool:
+        """Scale 1 re-noises without the condition."""
+        return True
+
     def wrap(self, view: Denoiser) -> Denoiser:
         """Return the guided view; here scale 1 guides too."""
         return GuidedView(self, view)
