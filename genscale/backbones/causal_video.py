@@ -39,6 +39,7 @@ from genscale.backbones.causal_video_block import (
 from genscale.backbones.causal_video_settings import check_clips, check_settings
 from genscale.backbones.shapes import class_rows
 from genscale.conditioning.base import Conditioning
+from genscale.conditioning.text import masked_mean
 from genscale.layers.block_mask import BlockCausalMask
 from genscale.layers.norm import WeightedRMSNorm
 from genscale.layers.rope3d import grid_rotation
@@ -381,11 +382,10 @@ class CausalVideo(Backbone):
         if self.text_shape[1]:
             if cond.text is None:
                 return x.new_zeros(len(x), self.text_shape[1])
-            counts = cond.text.new_ones(cond.text.shape[:2])
-            if cond.text_mask is not None:
-                counts = cond.text_mask.to(cond.text.dtype)
-            total = (cond.text * counts[:, :, None]).sum(dim=1)
-            return total / counts.sum(dim=1, keepdim=True).clamp(min=1)
+            mask = cond.text_mask
+            if mask is None:
+                mask = torch.ones(cond.text.shape[:2], dtype=torch.bool, device=x.device)
+            return masked_mean(cond.text, mask)
         if self.class_table is not None:
             rows = class_rows(cond.labels, self.num_classes, len(x), x.device)
             classes: Tensor = self.class_table(rows)
