@@ -71,10 +71,10 @@ class ClipNetwork(FeatureNetwork):
         check_clips(images, f"The feature network '{self.name}'")
         least = (2 if self.frames is None else self.frames) * self.stride
         if images.shape[2] <= least - self.stride:
-            every = "" if self.stride == 1 else f" of which every {self.stride}th is read"
+            every = "," if self.stride == 1 else f", one in {self.stride} of which is read,"
             raise DataError(
                 f"The feature network '{self.name}' reads clips of at least "
-                f"{least - self.stride + 1} frames{every}, but got clips of {images.shape[2]}. "
+                f"{least - self.stride + 1} frames{every} but got clips of {images.shape[2]}. "
                 "Generate longer clips, or lower its frames or stride."
             )
         return images
