@@ -49,7 +49,7 @@ class _Program(nn.Module):
 
 
 def test_the_graph_is_i3d() -> None:
-    """12,697,264 parameters, and the published file's names; even 9 frames end in one row a clip."""
+    """12,697,264 parameters, the published names; even 9 frames end in one row a clip."""
     with torch.device("meta"):
         graph = I3DGraph()
         assert graph(torch.empty(2, 3, 9, 224, 224)).shape == (2, 400)

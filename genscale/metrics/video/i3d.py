@@ -143,7 +143,7 @@ class I3D(ClipNetwork):
         values = clips.float()
         if self._script:
             # the file brings its own resizing; profiling executors fuse, and fail on a second call
-            with torch.jit.optimized_execution(False):
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
                 found: Tensor = self.graph(values, rescale=True, resize=True, return_features=True)
             return found
         found = self.graph(i3d_input(values))
