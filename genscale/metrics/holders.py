@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from genscale.metrics.captioned import CaptionedMetric
 from genscale.metrics.comparison import MeasureSettings
 from genscale.metrics.feature_metrics import FeatureMetrics
 from genscale.metrics.features import FeatureNetwork
 from genscale.metrics.label_metrics import LabelMetrics
-from genscale.metrics.names import EVERY_PIXEL, OF_CAPTIONS, OF_CLIPS, OF_LABELS
+from genscale.metrics.names import (
+    EVERY_PIXEL,
+    OF_CAPTIONS,
+    OF_CLIPS,
+    OF_LABELS,
+    OF_TRACKS,
+    PlannedMetric,
+)
 from genscale.metrics.pixels import Pixels
+from genscale.metrics.protocol import EvalProtocol
 from genscale.metrics.scene_agreement import SceneAgreement
+from genscale.metrics.tracking_agreement import TrackingAgreement
 from genscale.metrics.video.measures import ClipMeasure, ClipMetrics
 
-Holder = FeatureMetrics | LabelMetrics | SceneAgreement | ClipMetrics
+Holder = FeatureMetrics | LabelMetrics | CaptionedMetric | ClipMetrics
 
 
 def build_holders(
@@ -48,6 +58,8 @@ def build_holders(
         holders[OF_LABELS] = LabelMetrics(measures, max_images=max_judge_images, seed=settings.seed)
     if measures := planned.get(OF_CAPTIONS):
         holders[OF_CAPTIONS] = SceneAgreement(measures)
+    if measures := planned.get(OF_TRACKS):
+        holders[OF_TRACKS] = TrackingAgreement(measures)
     if measures := planned.get(OF_CLIPS):
         holders[OF_CLIPS] = ClipMetrics([each for each in clip_measures if each.name in measures])
     return holders
@@ -67,7 +79,22 @@ def feed(
         holder.update(images.to(device), sample_ids)
     elif isinstance(holder, ClipMetrics):
         holder.update(images.to(device), captions, sample_ids)
-    elif isinstance(holder, SceneAgreement):
+    elif isinstance(holder, CaptionedMetric):
         holder.update(images, captions, sample_ids)
     else:
         holder.update(images, labels, sample_ids)
+
+
+def tell_frame_rate(holders: Iterable[Holder], protocol: EvalProtocol | None) -> None:
+    """Tell those that judge speeds how many frames a second the samples have, where it is known."""
+    rate = 0.0 if protocol is None or protocol.clips is None else protocol.clips.frame_rate
+    for holder in holders:
+        if isinstance(holder, TrackingAgreement) and rate > 0:
+            holder.frame_rate = rate
+
+
+def lacking(holder: Holder, planned: PlannedMetric, values: dict[str, float]) -> str:
+    """Return why a metric is not among the values its holder computed, as a reason."""
+    if isinstance(holder, ClipMetrics):
+        return holder.reasons[planned.measure]
+    return planned.lacking(values)

@@ -9,6 +9,7 @@ from genscale.errors import ConfigError, did_you_mean
 from genscale.metrics.comparison import MEASURES
 from genscale.metrics.label_metrics import LABEL_MEASURES
 from genscale.metrics.scene_agreement import SCENE_MEASURES
+from genscale.metrics.tracking_agreement import TRACK_MEASURES
 
 # Names that published tables use for measures of the FID Inception network.
 INCEPTION_NAMES = {
@@ -24,7 +25,7 @@ _PIXEL_MEASURES = ("copy_rate", "novelty_ratio")
 I3D_NAMES = ("fvd", "kvd")
 # in place of a network's name: measures that read the labels, or the captions, of samples, and
 # those that give each clip a number of its own
-OF_LABELS, OF_CAPTIONS, OF_CLIPS = "", "captions", "clips"
+OF_LABELS, OF_CAPTIONS, OF_TRACKS, OF_CLIPS = "", "captions", "tracks", "clips"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,8 @@ class PlannedMetric:
     Attributes:
         name: as the user wrote it.
         measure: what is computed.
-        network: name of the feature network; :data:`OF_LABELS`, :data:`OF_CAPTIONS` or
-            :data:`OF_CLIPS` for measures that need none.
+        network: name of the feature network; :data:`OF_LABELS`, :data:`OF_CAPTIONS`,
+            :data:`OF_TRACKS` or :data:`OF_CLIPS` for measures that need none.
     """
 
     name: str
@@ -45,13 +46,13 @@ class PlannedMetric:
     @property
     def has_reference(self) -> bool:
         """Whether samples are compared with real pictures."""
-        if self.network in (OF_LABELS, OF_CAPTIONS, OF_CLIPS):
+        if self.network in (OF_LABELS, OF_CAPTIONS, OF_TRACKS, OF_CLIPS):
             return self.network == OF_LABELS
         return bool(MEASURES[self.measure].reference)
 
     def lacking(self, values: dict[str, float]) -> str:
         """Return why it is not among the ``values`` of its labels or captions, as a reason."""
-        if self.network != OF_CAPTIONS:
+        if self.network not in (OF_CAPTIONS, OF_TRACKS):
             return "the samples have no labels"
         return "no caption asks for it" if values else "the samples have no captions"
 
@@ -83,6 +84,8 @@ def _meaning(name: str, networks: Sequence[str], of_clips: Sequence[str]) -> tup
         return name, OF_LABELS
     if name in SCENE_MEASURES:
         return name, OF_CAPTIONS
+    if name in TRACK_MEASURES:
+        return name, OF_TRACKS
     if name in INCEPTION_NAMES:
         if "inception" not in networks:
             raise ConfigError(
@@ -112,9 +115,9 @@ def _meaning(name: str, networks: Sequence[str], of_clips: Sequence[str]) -> tup
         measure = name.removesuffix(f"_{network}")
         if measure != name and measure in MEASURES:
             return measure, network
-    own = [f"{measure}_{network}" for measure in MEASURES for network in networks]
-    special = [*INCEPTION_NAMES, *LABEL_MEASURES, *SCENE_MEASURES, *of_clips]
-    known = list(dict.fromkeys([*MEASURES, *special, *own]))
+    combined = [f"{measure}_{network}" for measure in MEASURES for network in networks]
+    special = [*INCEPTION_NAMES, *LABEL_MEASURES, *SCENE_MEASURES, *TRACK_MEASURES, *of_clips]
+    known = list(dict.fromkeys([*MEASURES, *special, *combined]))
     raise ConfigError(
         f"'{name}' is no metric. A metric is a measure ({', '.join(MEASURES)}), alone or with the "
         f"name of a network ({', '.join(networks) or 'none given'}), or one of "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from genscale.errors import DataError
 from genscale.metrics.agreement import Judge
+from genscale.metrics.captioned import CaptionedMetric
 from genscale.metrics.clip_protocol import ClipProtocol
 from genscale.metrics.comparison import MEASURES, MeasureSettings, settings_of
 from genscale.metrics.features import FeatureNetwork
@@ -17,7 +18,6 @@ from genscale.metrics.holders import Holder
 from genscale.metrics.label_metrics import LabelMetrics
 from genscale.metrics.names import PlannedMetric
 from genscale.metrics.protocol import EvalProtocol
-from genscale.metrics.scene_agreement import SceneAgreement
 from genscale.metrics.video.clips import ClipNetwork
 from genscale.metrics.video.measures import ClipMetrics
 
@@ -48,8 +48,12 @@ def result_protocol(
             "resize": "none",
             "settings": (("max_images", holder.max_images), ("seed", holder.seed)),
         }
-    elif isinstance(holder, SceneAgreement):
-        facts |= {"features": holder.description, "resize": "none"}
+    elif isinstance(holder, CaptionedMetric):
+        facts |= {
+            "features": holder.description,
+            "resize": "none",
+            "settings": holder.settings,
+        }
     elif isinstance(holder, ClipMetrics):
         measure = holder.by_name[planned.measure]
         facts |= {

@@ -16,7 +16,7 @@ from genscale.metrics.clip_protocol import ClipProtocol
 from genscale.metrics.comparison import MEASURES, MeasureSettings
 from genscale.metrics.feature_metrics import FeatureMetrics
 from genscale.metrics.features import FeatureNetwork, Watch, check_samples
-from genscale.metrics.holders import build_holders, feed
+from genscale.metrics.holders import build_holders, feed, lacking, tell_frame_rate
 from genscale.metrics.label_metrics import LabelMetrics
 from genscale.metrics.names import OF_CLIPS, OF_LABELS, plan_metrics
 from genscale.metrics.network_reference import (
@@ -420,6 +420,7 @@ class EvaluationSuite:
             ProtocolError: if :attr:`num_samples` were demanded and another number came.
         """
         self._require_reference()  # a process without samples of its own still takes part
+        tell_frame_rate(self._holders.values(), protocol)
         values = {
             network: holder.compute() for network, holder in self._holders.items() if holder.active
         }
@@ -431,11 +432,7 @@ class EvaluationSuite:
                 continue
             holder = self._holders[planned.network]
             if planned.measure not in values[planned.network]:
-                self.skipped[planned.name] = (
-                    holder.reasons[planned.measure]
-                    if isinstance(holder, ClipMetrics)
-                    else planned.lacking(values[planned.network])
-                )
+                self.skipped[planned.name] = lacking(holder, planned, values[planned.network])
                 continue
             made_under = result_protocol(
                 planned,

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import optimize
 from torch import Tensor
 
-from genscale.data.scenes.grammar import Colour, Shape
+from genscale.data.scenes.grammar import Colour, SceneObject, Shape
 from genscale.data.sprites.grammar import (
     Motion,
     Speed,
@@ -116,15 +116,14 @@ class Watched:
     """A clip that was read once, to be asked about all of it or about parts.
 
     Args:
-        clip: ``(3, T, H, H)`` or a picture ``(3, H, H)``, uint8 or floating point in [0, 1].
+        frames: what was read in each frame.
         frame_rate: frames a second; infinite for still pictures.
     """
 
-    def __init__(self, clip: Tensor, frame_rate: float) -> None:
-        objects = [read_frame(frame) for frame in as_frames(clip)]
+    def __init__(self, frames: Sequence[Sequence[SceneObject]], frame_rate: float) -> None:
         self.frame_rate = frame_rate
-        self.counts = [len(each) for each in objects]
-        self.tracks = follow(objects, frame_rate)
+        self.counts = [len(each) for each in frames]
+        self.tracks = follow(frames, frame_rate)
 
     def reading(self, first: int = 0, last: int | None = None) -> ClipReading:
         """Return what is seen in the frames ``first .. last - 1``, by default in all."""
@@ -149,6 +148,19 @@ class Watched:
         )
         movers = tuple(_as_mover(each, self.frame_rate if timed else None) for each in lasting)
         return ClipReading(count, steady, movers, timed)
+
+
+def watch(clip: Tensor, frame_rate: float) -> Watched:
+    """Read a clip.
+
+    Args:
+        clip: ``(3, T, H, H)`` or a picture ``(3, H, H)``, uint8 or floating point in [0, 1].
+        frame_rate: frames a second; infinite for still pictures.
+
+    Raises:
+        DataError: if the clip has another layout.
+    """
+    return Watched([read_frame(frame) for frame in as_frames(clip)], frame_rate)
 
 
 def _paces(track: Track) -> tuple[float, float]:
@@ -265,7 +277,7 @@ def clip_agreement(clip: Tensor, caption: str, frame_rate: float) -> ClipAgreeme
         ConfigError: if the caption does not follow the grammar.
         DataError: if the clip has another layout.
     """
-    return agreement_with(Watched(clip, frame_rate).reading(), parse_sprites(caption))
+    return agreement_with(watch(clip, frame_rate).reading(), parse_sprites(caption))
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +323,7 @@ def track_score(
             "window of 2 frames or more that lies in the clip, and a stride of 1 or more."
         )
     asked = parse_sprites(caption)
-    watched = Watched(clip, frame_rate)
+    watched = watch(clip, frame_rate)
     starts = tuple(range(0, frames - window + 1, stride))
     return TrackScore(
         starts,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -155,7 +156,7 @@ def read_tracks(clip: Tensor, frame_rate: float) -> tuple[Track, ...]:
     return follow([read_frame(frame) for frame in as_frames(clip)], frame_rate)
 
 
-def follow(frames: list[list[SceneObject]], frame_rate: float) -> tuple[Track, ...]:
+def follow(frames: Sequence[Sequence[SceneObject]], frame_rate: float) -> tuple[Track, ...]:
     """Return the tracks of what was read in each frame; see :func:`read_tracks`."""
     # half a canvas is the farthest that there is
     reach = max(LEAST_REACH, FASTEST / frame_rate * 1.2)
