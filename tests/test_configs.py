@@ -57,6 +57,8 @@ def test_every_option_composes_and_builds(group: str, option: str) -> None:
         overrides += ["data.root=/nowhere"]
     if (group, option) == ("sampler", "next_scale"):
         overrides += ["model=var"]  # it counts the model's scales
+    if (group, option) == ("sampler", "blocks"):
+        overrides += ["sampler.block_size=2", "sampler.trained_frames=6"]  # the model's
     cfg = composed("sample" if group in OF_SAMPLING else "train", overrides)
     node: Any = cfg.get(group)
     if (group, option) in ON_DISK or group in ("debug", "experiment", "callbacks", "logger"):

@@ -9,7 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from genscale.assembly import build
 from genscale.cli.app import instantiate
+from genscale.cli.cascading import place_references
 from genscale.cli.combinations import combination_problems
+from genscale.cli.resolvers import frames_of
 from genscale.conditioning.text import fit_problems
 from genscale.errors import ConfigError
 from genscale.guidance.autoguidance import Autoguidance
@@ -20,6 +22,7 @@ from genscale.sample_conditions import check_frame_rate
 from genscale.text_cache import TextCache
 
 _NEXT_SCALE = "genscale.samplers.next_scale.NextScale"
+_BLOCKS = "genscale.samplers.blocks.Blocks"
 _BY_SCALE = "genscale.guidance.scale_wise.ScaleGuidance"
 
 
@@ -58,6 +61,11 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
     sampler = inherit(cfg.sampler, own["sampler"])
     if sampler["_target_"] == _NEXT_SCALE and sampler.get("num_scales") is None:
         sampler["num_scales"] = len(pipeline.model.config.get("scales") or (1,))
+    if sampler["_target_"] == _BLOCKS and sampler.get("block_size") is None:
+        settings = pipeline.model.config
+        sampler["block_size"] = settings.get("block_size")
+        sampler["trained_frames"] = frames_of(settings.get("input_size"))
+        sampler["independent_first_frame"] = bool(settings.get("independent_first_frame"))
     scale_wise = pipeline.objective.family == "scale_wise"
     guidance = (
         inherit(cfg.guidance, own["guidance"], unguided=_BY_SCALE)
@@ -84,6 +92,7 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
         pipeline.frame_rate = float(cfg.frame_rate)
     _place_autoencoder(cfg, pipeline, own["autoencoder"])
     _place_text_encoder(cfg, pipeline, own)
+    place_references(cfg, pipeline, lambda: datasets_of(cfg.run))
     if cfg.get("offload"):
         pipeline.offload()
     return pipeline, sampler, guidance

@@ -1,4 +1,4 @@
-"""The arithmetic that YAML may do: ``latent_size``, ``count``, ``div``, ``mul``; and ``tokenizer``.
+"""The arithmetic that YAML may do: ``latent_size``, ``count``, ``div`` and the like; ``tokenizer``.
 
 input_size: ${latent_size:${data.resolution},${autoencoder.downsample}}
 """
@@ -74,6 +74,12 @@ def count(items: Sequence[Any] | None) -> int | None:
     return None if items is None else len(items)
 
 
+def frames_of(input_size: int | Sequence[int] | None) -> int | None:
+    """Return the frames of a network's input ``[frames, height, width]``; None of a picture's."""
+    sizes = input_size if isinstance(input_size, Sequence) else ()
+    return sizes[0] if len(sizes) == 3 else None
+
+
 def tokenizer(run: str | None, setting: str, otherwise: Any) -> Any:
     """Return what a trained tokenizer says of itself, so that a network fits it.
 
@@ -95,5 +101,5 @@ def register_resolvers() -> None:
     """Make them known to OmegaConf; may be called any number of times."""
     from omegaconf import OmegaConf
 
-    for resolver in (latent_size, scale_sides, count, div, mul, tokenizer):
+    for resolver in (latent_size, scale_sides, count, frames_of, div, mul, tokenizer):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

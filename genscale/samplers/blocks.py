@@ -138,6 +138,11 @@ class Blocks(Sampler):
         """Whether steps draw noise."""
         return self.solver.stochastic
 
+    def draws(self, step: int) -> bool:
+        """Whether a step draws noise: the last one of a block ends at the clean level."""
+        row = self.plan.steps[step]
+        return self.stochastic and row.finished < row.end
+
     @property
     def num_steps(self) -> int:
         """Number of ``advance`` calls from start to finish."""

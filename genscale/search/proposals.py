@@ -17,6 +17,7 @@ from torch import Tensor
 from genscale.errors import ConfigError
 from genscale.objectives.memory import take_rows
 from genscale.samplers.base import Sampler, State
+from genscale.samplers.blocks import Blocks
 from genscale.samplers.next_scale import NextScale
 from genscale.samplers.sde import GaussianSampler
 from genscale.search.engine import Engine
@@ -129,8 +130,8 @@ def random_steps(sampler: Sampler, state: State) -> Tensor:
         state: evaluated particles; the first one is looked at.
     """
     count = sampler.num_steps
-    if isinstance(sampler, NextScale):
-        return torch.tensor([sampler.draws(scale) for scale in range(count)])
+    if isinstance(sampler, NextScale | Blocks):
+        return torch.tensor([sampler.draws(step) for step in range(count)])
     if not isinstance(sampler, GaussianSampler):
         return torch.full((count,), sampler.stochastic)
     one = state.select(torch.zeros(1, dtype=torch.int64))

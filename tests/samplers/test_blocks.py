@@ -148,6 +148,13 @@ class TestConformance:
         other = sampler.advance(model, state, torch.ones_like(state.x))
         assert torch.equal(other.x, own.x) != sampler.stochastic
 
+    def test_it_knows_which_steps_draw_noise(self, sampler: Blocks, model: Causal) -> None:
+        state = begin(sampler, model)
+        for step in range(sampler.num_steps):
+            other = sampler.advance(model, state, torch.ones_like(state.x))
+            state = sampler.advance(model, state)
+            assert torch.equal(other.x, state.x) != sampler.draws(step)
+
     def test_gradients_flow_from_the_videos_to_the_start(
         self, sampler: Blocks, model: Causal
     ) -> None:

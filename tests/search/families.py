@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from genscale.autoencoders.msvq import MSVQ
+from genscale.backbones.causal_video import CausalVideo
 from genscale.backbones.dimr import DiMR
 from genscale.backbones.dit import DiT
 from genscale.backbones.mvar import MVAR
@@ -21,9 +22,11 @@ from genscale.guidance.base import Guidance, Unguided
 from genscale.guidance.cfg import ClassifierFree
 from genscale.guidance.scale_wise import ScaleGuidance
 from genscale.objectives.ddpm import DDPM
+from genscale.objectives.diffusion_forcing import DiffusionForcing
 from genscale.objectives.flow import FlowMatching
 from genscale.objectives.next_scale import NextScale as Tokens
 from genscale.samplers.base import Sampler
+from genscale.samplers.blocks import Blocks
 from genscale.samplers.next_scale import NextScale
 from genscale.samplers.ode import Euler
 from genscale.samplers.sde import DDIM
@@ -139,12 +142,21 @@ def _dit(sampler: Sampler) -> World:
     return _diffusion(network, DDPM(), sampler, ClassifierFree(1.5))
 
 
+def _video(sampler: Sampler) -> World:
+    network = CausalVideo(
+        input_size=[4, 4, 4], in_channels=1, num_classes=5, patch_size=2, hidden_size=24, depth=1,
+        num_heads=2, mlp_size=24, frequency_size=8, block_size=2,
+    )  # fmt: skip
+    return _diffusion(network, DiffusionForcing(), sampler, ClassifierFree(1.5))
+
+
 FAMILIES: dict[str, Callable[[], World]] = {
     "dimr-flow": lambda: _dimr(Euler(4)),
     "dit-ddpm": lambda: _dit(DDIM(4, eta=1.0)),
     "var": lambda: _scale_wise(VAR(**_TOKENS, num_classes=5), _labels()),
     "switti": lambda: _scale_wise(Switti(**_TOKENS, **_TEXT), _captions()),
     "switti-ar": lambda: _scale_wise(Switti(**_TOKENS, **_TEXT, use_ar=True), _captions()),
+    "causal-video": lambda: _video(Blocks(2, eta=1.0, block_size=2, trained_frames=4)),
     "mvar": lambda: _scale_wise(MVAR(**_TOKENS, num_classes=5), _labels()),
 }
 

@@ -26,7 +26,8 @@ from tests.search.families import FAMILIES, PROMPTS, World, world
 CONF = conf_directory()
 SEARCHES = sorted(path.stem for path in (CONF / "search").glob("*.yaml"))
 ALL = set(FAMILIES)
-DIFFUSION = {"dimr-flow", "dit-ddpm"}
+GRID = {"dimr-flow", "dit-ddpm"}  # whose samplers go back to higher noise levels
+DIFFUSION = GRID | {"causal-video"}
 NOISY = ALL - {"dimr-flow"}  # which is sampled by Euler's method: copies would stay equal
 GAUSSIAN = {"dit-ddpm"}  # whose steps have a density
 APPLIES: dict[str, set[str]] = {
@@ -41,10 +42,10 @@ APPLIES: dict[str, set[str]] = {
     "fk": NOISY,
     "smc_tempered": NOISY,
     "tts_var": NOISY,
-    "paths": DIFFUSION,
+    "paths": GRID,
     "reno": DIFFUSION,
     "d2d": DIFFUSION,
-    "dno": GAUSSIAN,
+    "dno": GAUSSIAN | {"causal-video"},
     "tds": GAUSSIAN,
     "das": GAUSSIAN,
 }
@@ -96,7 +97,7 @@ def keeps(result: SearchResult, budget: Budget) -> None:
     assert bool(result.rewards["reward"].isfinite().all())
     assert result.invalid == 0
     # what is returned is what its numbers are of
-    light = (result.images * 0.5 + 0.5).clamp(0, 1).mean((1, 2, 3)).double()
+    light = (result.images * 0.5 + 0.5).clamp(0, 1).flatten(1).mean(1).double()
     torch.testing.assert_close(result.rewards["reward"], light)
     assert result.genealogy.generations
     assert set(result.genealogy.generations[-1].group.tolist()) <= set(range(PROMPTS))
