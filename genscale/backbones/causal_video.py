@@ -348,13 +348,14 @@ class CausalVideo(Backbone):
     ) -> Continued:
         numbers, total = frame_numbers(cache), frames_committed(cache)
         semantic = self.policy.kind == "semantic"
-        rolling = self.policy.kind == "rolling"
+        # a semantic cache says itself what is in sight
+        window = {"rolling": self.policy.window, "full": self.window}.get(self.policy.kind, 0)
         mask = BlockCausalMask(
             frames=frames,
             block_size=self.block_size,
             tokens_per_frame=grid[0] * grid[1],
-            window=self.policy.window if rolling else 0,
-            sink=self.sink if rolling else 0,
+            window=window,
+            sink=self.sink if window else 0,
             independent_first_frame=self.independent_first_frame,
             context=tuple(numbers[: len(numbers) - frames]),
             first=total,
@@ -402,7 +403,9 @@ class CausalVideo(Backbone):
             return [None] * len(self.blocks), None, None
         text, mask = self._padded_text(x, cond)
         known = None if memory is None else memory["text"]
-        if known is not None and _is_same(known, cond.text, text, mask):
+        # what is remembered has no graph behind it
+        learning = torch.is_grad_enabled() and self.patch.weight.requires_grad
+        if known is not None and not learning and _is_same(known, cond.text, text, mask):
             pairs = list(zip(known["keys"], known["values"], strict=True))
             return pairs, None if self.attend_padding else mask, known
         embedded = self._embed_text(text)
