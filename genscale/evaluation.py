@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from genscale import rng
 from genscale.conditioning.labels import LabelLaw
 from genscale.data.module import ImageDataModule
+from genscale.metrics.clip_protocol import ClipProtocol
 from genscale.metrics.protocol import EvalProtocol, MetricValue
 from genscale.metrics.suite import EvaluationSuite
 from genscale.pipeline import Generated, GenerationPipeline
@@ -99,7 +101,21 @@ def describe(
         decoder_dtype=pipeline.precision,
         autoencoder=pipeline.autoencoder.protocol_name,
         weights=weights,
+        clips=clip_protocol(pipeline.image_shape, pipeline.frame_rate),
     )
+
+
+def clip_protocol(shape: tuple[int, ...], frame_rate: float | None) -> ClipProtocol | None:
+    """Return what a protocol says of clips; None of pictures.
+
+    Args:
+        shape: of one sample, ``(C, H, W)`` or ``(C, T, H, W)``.
+        frame_rate: frames a second, where they are known; still pictures have none.
+    """
+    if len(shape) != 4:
+        return None
+    rate = frame_rate if frame_rate is not None and math.isfinite(frame_rate) else 0.0
+    return ClipProtocol(frames=shape[1], frame_rate=rate, size=f"{shape[2]}x{shape[3]}")
 
 
 def _solver(sampler: Sampler) -> str:

@@ -65,7 +65,7 @@ def check_frame_rate(frame_rate: object, *, clips: bool) -> None:
     """
     if not clips:
         raise ConfigError(
-            f"frame_rate={frame_rate} was given, but the model makes pictures, which have none. "
+            f"frame_rate={frame_rate} was given, but the samples are pictures, which have none. "
             "Leave it out."
         )
     number = isinstance(frame_rate, int | float) and not isinstance(frame_rate, bool)

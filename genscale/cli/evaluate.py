@@ -25,7 +25,14 @@ from genscale.cli.sample import grid_columns, label_law, shown_rate
 from genscale.cli.search_results import means
 from genscale.cli.searching import check_requests, sample_requests, search_setup, searched
 from genscale.errors import ConfigError
-from genscale.evaluation import as_record, describe, fit_reference, heldout_captions, measure
+from genscale.evaluation import (
+    as_record,
+    clip_protocol,
+    describe,
+    fit_reference,
+    heldout_captions,
+    measure,
+)
 from genscale.io.files import write_json
 from genscale.io.images import channels_first, channels_last, load_npz, save_npz
 from genscale.io.video import is_clips, save_overview
@@ -34,6 +41,7 @@ from genscale.pipeline import Generated, choose_device
 from genscale.prompts import read_prompts
 from genscale.run_weights import is_exported
 from genscale.runs import RunFolder, new_folder
+from genscale.sample_conditions import check_frame_rate
 
 GRID = 100  # pictures shown in the report,
 CLIPS = 32  # or clips
@@ -208,6 +216,8 @@ def _evaluate_files(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> 
     """Measure an npz of samples against a reference file."""
     pixels, labels = load_npz(Path(cfg.samples).expanduser())
     images = channels_first(pixels)
+    if cfg.frame_rate is not None:
+        check_frame_rate(cfg.frame_rate, clips=is_clips(images))
     suite.to(choose_device(cfg.device))
     ids = torch.arange(len(images))[rank::world_size]
     batches = (
@@ -217,7 +227,13 @@ def _evaluate_files(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> 
         for part in torch.split(ids, cfg.batch_size)
     )
     measure(suite, track(batches, "features", total=len(ids), show=rank == 0))
-    protocol = EvalProtocol(num_samples=len(images), class_law="empirical", weights="unknown")
+    rate = None if cfg.frame_rate is None else float(cfg.frame_rate)
+    protocol = EvalProtocol(
+        num_samples=len(images),
+        class_law="empirical",
+        weights="unknown",
+        clips=clip_protocol(tuple(images.shape[1:]), rate),
+    )
     values = suite.compute(protocol)
     folder = _folder_of_files(cfg) if rank == 0 else None
     record = {

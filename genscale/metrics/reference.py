@@ -20,7 +20,7 @@ from torch import Tensor
 
 from genscale.errors import DataError, ProtocolError
 from genscale.io.files import atomic_write
-from genscale.io.images import load_npz
+from genscale.io.images import channels_first, load_npz
 from genscale.metrics.features import FeatureNetwork, file_sha256
 from genscale.metrics.moments import Moments
 from genscale.metrics.pickles import read_array_pickle
@@ -139,12 +139,13 @@ def _read_npz(path: Path) -> ReferenceFile:
     if "arr_0" not in names and "mu" not in names:
         raise DataError(
             f"{path} holds {', '.join(names) or 'nothing'}, but a reference holds mu and sigma, or "
-            "pictures in arr_0 (uint8 of shape (n, H, W, 3)). Give another file."
+            "pictures in arr_0 (uint8 of shape (n, H, W, 3), clips (n, T, H, W, 3)). Give another "
+            "file."
         )
     images, labels = None, None
     if "arr_0" in names:
         pixels, labels = load_npz(path)
-        images = pixels.permute(0, 3, 1, 2).contiguous()
+        images = channels_first(pixels)
     statistics = _statistics(arrays, path)
     # the published suites all use the 2015 graph with its own resizing
     origin = ReferenceOrigin(extractor="inception_tf", mode="tf1_bilinear") if statistics else None

@@ -41,6 +41,8 @@ def result_protocol(
         reference: fields that tell the reference.
         clips: of what clips; None for pictures.
     """
+    if clips is not None and base.clips is not None:  # pixels do not tell how fast they are shown
+        clips = replace(clips, frame_rate=base.clips.frame_rate)
     facts: dict[str, Any] = {"num_samples": holder.num_samples, "clips": clips}
     if isinstance(holder, LabelMetrics):
         facts |= {
