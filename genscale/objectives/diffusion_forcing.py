@@ -85,7 +85,7 @@ class DiffusionForcing(DenoisingObjective):
             ("levels", levels, get_args(LevelsPer)),
             ("weighting", weighting, get_args(ForcingWeighting)),
         ):
-            _check_name(name, value, known)
+            check_name(name, value, known)
         needed = {"bell": "velocity", "fused_snr": "v"}.get(weighting, target)
         if needed != target:
             raise ConfigError(
@@ -219,7 +219,12 @@ def frame_error(prediction: Tensor, target: Tensor) -> Tensor:
     return off.square().mean(dim=(1, 3, 4))
 
 
-def _check_name(name: str, value: str, known: tuple[str, ...]) -> None:
+def check_name(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse a value of ``objective.<name>`` that is not known.
+
+    Raises:
+        ConfigError: naming the nearest one.
+    """
     if value not in known:
         raise ConfigError(
             f"objective.{name} must be one of {', '.join(known)}, but is {value!r}."

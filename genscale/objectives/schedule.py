@@ -68,7 +68,8 @@ class NoiseProcess(ABC):
         """Return the level at a time: float64 ``(B,)`` or ``(1,)``, a frame each ``(B, F)``."""
         if not isinstance(time, Tensor):
             time = torch.tensor(time, dtype=torch.float64, device="cpu")
-        time = torch.atleast_1d(time.to(torch.float64))
+        time = time.to(torch.float64)
+        time = time if time.dim() else time[None]
         alpha, sigma = self.coefficients(time)
         return Level(alpha, sigma, time)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genscale import rng
 from genscale.backbones.base import Backbone, BackboneOutput
-from genscale.errors import ConfigError, did_you_mean
+from genscale.errors import ConfigError
 from genscale.objectives.base import Batch, LossOutput, on
 from genscale.objectives.block_schedules import Ramp
 from genscale.objectives.diffusion_forcing import (
@@ -19,6 +19,7 @@ from genscale.objectives.diffusion_forcing import (
     ForcingTarget,
     ForcingWeighting,
     LevelsPer,
+    check_name,
     frame_error,
 )
 from genscale.objectives.network import velocity_is_reversed
@@ -63,7 +64,7 @@ class TeacherForcing(DiffusionForcing):
         self,
         *,
         augmentation: float = 0.0,
-        velocity_forcing: VelocityForcing = "off",
+        velocity_forcing: VelocityForcing | Literal[False] = "off",
         velocity_forcing_mix: float = 0.05,
         velocity_forcing_scale: float = 1.0,
         target: ForcingTarget = "velocity",
@@ -90,16 +91,11 @@ class TeacherForcing(DiffusionForcing):
             noise_ramp=noise_ramp,
         )
         # YAML 1.1 reads a bare off as false
-        velocity_forcing = "off" if velocity_forcing is False else velocity_forcing
-        known = get_args(VelocityForcing)
-        if velocity_forcing not in known:
+        kind = "off" if velocity_forcing is False else velocity_forcing
+        check_name("velocity_forcing", kind, get_args(VelocityForcing))
+        if kind != "off" and target != "velocity":
             raise ConfigError(
-                f"objective.velocity_forcing must be one of {', '.join(known)}, but is "
-                f"{velocity_forcing!r}.{did_you_mean(str(velocity_forcing), known)}"
-            )
-        if velocity_forcing != "off" and target != "velocity":
-            raise ConfigError(
-                f"objective.velocity_forcing={velocity_forcing} compares velocities, but "
+                f"objective.velocity_forcing={kind} compares velocities, but "
                 f"objective.target is {target}. Use target=velocity, or velocity_forcing=off."
             )
         for name, value in (
@@ -111,7 +107,7 @@ class TeacherForcing(DiffusionForcing):
                     f"objective.{name} must lie in [0, 1], but is {value}. 0.05 is much already."
                 )
         self.augmentation = float(augmentation)
-        self.velocity_forcing = velocity_forcing
+        self.velocity_forcing: VelocityForcing = kind
         self.velocity_forcing_mix = float(velocity_forcing_mix)
         self.velocity_forcing_scale = float(velocity_forcing_scale)
 

@@ -329,6 +329,7 @@ class TestTeacherForcing:
     @pytest.mark.parametrize(
         ("settings", "match"),
         [
+            # told by check_name
             ({"velocity_forcing": "litteral"}, "Did you mean 'literal'"),
             ({"velocity_forcing": "literal", "target": "v"}, "compares velocities"),
             ({"augmentation": 2.0}, "objective.augmentation must lie in"),
