@@ -98,11 +98,45 @@ def write(
     return result[0], result[1]
 
 
+def take(cache: Cache, index: Tensor) -> Cache:
+    """Take particles ``index`` (int64 on the CPU; repeats make copies).
+
+    Only tokens that have been written are copied, and consecutive particles not at all: what is
+    returned is then a part of the same buffers, and ``filled`` a part of the same counts, so that
+    :func:`claim` tells branches apart as ever. Guidance may keep its branches on a second axis.
+    """
+    filled: Tensor = cache["filled"]
+    start, count = int(index[0]) if len(index) else 0, len(index)
+    if bool((index == torch.arange(start, start + count)).all()):
+        return {name: _rows(part, slice(start, start + count)) for name, part in cache.items()}
+    chosen = filled[index]
+    most = int(chosen.max()) if count else 0
+
+    def copy(buffer: Tensor) -> Tensor:
+        rows = buffer.new_zeros((count, *buffer.shape[1:]))
+        rows[..., :most, :] = buffer[..., :most, :][index.to(buffer.device, non_blocking=True)]
+        return rows
+
+    return {
+        name: chosen if name == "filled" else [copy(buffer) for buffer in part]
+        for name, part in cache.items()
+    }
+
+
+def is_cache(memory: Any) -> bool:
+    """Whether a part of a memory is such a cache."""
+    return isinstance(memory, dict) and memory.keys() == {"filled", "keys", "values"}
+
+
 def cache_dtype(device: torch.device, parameter: Tensor) -> torch.dtype:
     """Return the dtype in which attention runs: autocast's where it is on, else the weights'."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return parameter.dtype
+
+
+def _rows(part: Any, rows: slice) -> Any:
+    return [tensor[rows] for tensor in part] if isinstance(part, list) else part[rows]
 
 
 def _copy(part: Any) -> Any:

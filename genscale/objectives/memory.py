@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genscale.layers import scale_cache
+
 STEP_CACHE = "step_cache"
 
 
@@ -31,7 +33,15 @@ def map_tensors(memory: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 def take_rows(memory: Any, index: Tensor) -> Any:
     """Take particles ``index`` (int64 on the CPU; repeats make copies)."""
-    return map_tensors(memory, lambda rows: rows[index.to(rows.device, non_blocking=True)])
+    if isinstance(memory, Tensor):
+        return memory[index.to(memory.device, non_blocking=True)]
+    if scale_cache.is_cache(memory):
+        return scale_cache.take(memory, index)
+    if isinstance(memory, dict):
+        return {name: take_rows(item, index) for name, item in memory.items()}
+    if isinstance(memory, list | tuple):
+        return type(memory)(take_rows(item, index) for item in memory)
+    return memory
 
 
 def cat_tensors(memories: Sequence[Any], counts: Sequence[int] | None = None) -> Any:

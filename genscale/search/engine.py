@@ -197,6 +197,8 @@ class Engine(Ledger):
         def go(part: State, _: Tensor) -> State:
             while int(part.step.min()) < stop:
                 part = self.sampler.advance(self.model, part)
+            if stop == self.sampler.num_steps and self.sampler.family == "scale_wise":
+                part = part.replace(memory=None)  # keys and values that nothing reads any more
             return part
 
         return self._move(state, go)

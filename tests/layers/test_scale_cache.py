@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from genscale.layers.scale_cache import cache_dtype, claim, empty_cache, write
+from genscale.layers.scale_cache import (
+    cache_dtype,
+    claim,
+    empty_cache,
+    is_cache,
+    take,
+    write,
+)
 from genscale.objectives.memory import cat_tensors, put_rows, take_rows
 
 LAYERS, HEADS, LENGTH, SIZE = 2, 3, 6, 4
@@ -137,3 +144,36 @@ def test_the_type_is_autocasts_or_the_weights() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert cache_dtype(cpu, weight) == torch.bfloat16
     assert cache_dtype(torch.device("meta"), weight) == torch.float64
+
+
+def test_consecutive_rows_share_the_buffers_and_are_told_apart() -> None:
+    whole = append(fresh(3), 1.0, 0, 1)
+    part = take(whole, torch.tensor([1, 2]))
+    assert part["keys"][0].data_ptr() == whole["keys"][0][1:].data_ptr()
+    append(part, 2.0, 1, 1)
+    assert whole["filled"].tolist() == [1, 2, 2]
+    branch = append(whole, 3.0, 1, 1)  # has one token in every row: it must not write over the 2
+    assert [keys(branch, row)[:2] for row in range(3)] == [[1, 3]] * 3
+    assert keys(part, row=0)[:2] == [1, 2]
+
+
+def test_rows_elsewhere_are_copied_as_far_as_they_are_written() -> None:
+    whole = append(fresh(3), 1.0, 0, 2)
+    whole["keys"][0][..., 4, :] = 7.0  # never written by anyone
+    copies = take(whole, torch.tensor([2, 0, 2]))
+    assert is_cache(copies)
+    assert copies["filled"].tolist() == [2, 2, 2]
+    assert keys(copies, row=1) == [1, 1, 0, 0, 0, 0]
+    append(copies, 5.0, 2, 1)
+    assert whole["filled"].tolist() == [2, 2, 2]
+
+
+def test_a_second_axis_of_branches_changes_nothing() -> None:
+    whole = append(fresh(4), 1.0, 0, 2)
+    paired = {
+        "filled": whole["filled"].view(2, 2),
+        "keys": [rows.unflatten(0, (2, 2)) for rows in whole["keys"]],
+        "values": [rows.unflatten(0, (2, 2)) for rows in whole["values"]],
+    }
+    picked = take_rows(paired, torch.tensor([1, 0]))
+    torch.testing.assert_close(picked["keys"][0], paired["keys"][0].flip(0))
