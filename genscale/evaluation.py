@@ -86,11 +86,14 @@ def describe(
     sampler, guidance = pipeline.sampler, pipeline.ready(pipeline.guidance)
     scale = getattr(guidance, "scale", None)
     interval = getattr(guidance, "interval", None)
-    guided = scale is not None and scale != 1.0
+    guided = guidance.active
     return EvalProtocol(
         num_samples=num_samples,
         class_law=class_law(labels, pipeline.num_classes) if pipeline.text is None else texts,
-        sampler=sampler.label + _cached(pipeline) + ("" if search is None else f", {search}"),
+        sampler=sampler.label
+        + _cached(pipeline)
+        + ("" if pipeline.references is None else f", {pipeline.references.label}")
+        + ("" if search is None else f", {search}"),
         steps=sampler.num_steps,
         nfe=nfe,
         solver=_solver(sampler),

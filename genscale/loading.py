@@ -81,6 +81,8 @@ def write_exported(model: Backbone, folder: Path, config: dict[str, Any]) -> Non
         kept = {key: config[key] for key in EXPORTED}
         if reads_text(model.config):
             kept[TEXT] = config[TEXT]
+        if model.config.get("reference_channels") and "low_resolution" in config:
+            kept["low_resolution"] = config["low_resolution"]
         temporary.write_text(json.dumps(kept, indent=2) + "\n")
 
 

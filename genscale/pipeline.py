@@ -20,12 +20,15 @@ import torch
 from torch import Tensor
 
 from genscale import rng
+from genscale.assembly import build
 from genscale.autoencoders.base import Autoencoder
 from genscale.autoencoders.frames import by_frame
 from genscale.autoencoders.offload import OffloadedDecoder
 from genscale.backbones.base import Backbone
+from genscale.cascade import References, Wanted
 from genscale.conditioning.base import Conditioning
 from genscale.conditioning.labels import LabelLaw, labels_for
+from genscale.conditioning.low_resolution import LowResolution
 from genscale.errors import ConfigError
 from genscale.generated import Generated
 from genscale.guidance.base import Guidance
@@ -77,6 +80,8 @@ class GenerationPipeline:
         config: the resolved config it was built from, empty where there is none.
         origin: where the weights came from, where they were loaded.
         weak_models: those of autoguidance.
+        references: where a model that enlarges takes low-resolution pictures from; None for any
+            other one.
     """
 
     def __init__(
@@ -110,6 +115,7 @@ class GenerationPipeline:
         self.config: dict[str, Any] = {}
         self.origin: Origin | None = None
         self.weak_models = WeakModels(GenerationPipeline.load)
+        self.references: References | None = None
         self._offloaded: OffloadedDecoder | None = None
         self.set_precision(precision)
 
@@ -231,6 +237,15 @@ class GenerationPipeline:
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.model.parameters()).device
+
+    @property
+    def low_resolution(self) -> LowResolution | None:
+        """How the model was trained on references; None where it has none."""
+        if not self.model.config.get("reference_channels"):
+            return None
+        node = self.config.get("low_resolution")
+        settings: LowResolution = build(node, path="low_resolution") if node else LowResolution()
+        return settings
 
     @property
     def makes_clips(self) -> bool:
@@ -464,6 +479,9 @@ class GenerationPipeline:
                 negative_prompt=negative_prompt,
                 frame_rate=frame_rate,
             )
+            if self.references is not None:
+                wanted = Wanted(ids, seeds, classes, captions, negative_prompt, frame_rate)
+                cond = self.references.add(cond, wanted)
             found: SearchResult | None = None
             if search is None:
                 images, nfe = self.sample(cond, seeds, sampler=sampler, guidance=guidance)

@@ -45,9 +45,10 @@ MAY_IMPORT = {
     "loading": ("text_cache", "autoencoders", "backbones", "assembly"),
     "sample_conditions": ("text_cache", "backbones"),
     "generated": ("search",),
+    "cascade": ("data", "io"),
     "pipeline": (
         *("weak_models", "run_weights", "text_cache", "prompts", "loading"),
-        *("sample_conditions", "generated"),
+        *("sample_conditions", "generated", "cascade"),
         *("search", "samplers", "autoencoders", "data", "io", "resolution", "upscaling"),
         *("metrics", "assembly", "runs", "dist"),
     ),

@@ -174,6 +174,8 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
     }
     if pipeline.makes_clips:
         record |= {"num_frames": pipeline.image_shape[1], "frame_rate": shown_rate(pipeline)}
+    if pipeline.references is not None:
+        record |= pipeline.references.record()
     if setup is not None:
         record |= _search_summary(setup.label, records)
     images = torch.cat([batch.images for batch in kept]) if kept else torch.zeros(0)

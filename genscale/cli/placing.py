@@ -24,6 +24,12 @@ _NO_TEXT = {
     "token_size": 0,
     "pooled_size": 0,
 }
+_LOW_RESOLUTION = {
+    "_target_": "genscale.conditioning.low_resolution.LowResolution",
+    "factor": 4,
+    "max_level": 0.5,
+    "level": 0.1,
+}
 _RUN_DIR_VARIABLE = "GENSCALE_RUN_DIR"  # tells processes that Lightning starts where the run is
 
 
@@ -93,7 +99,9 @@ def _checkpoint_to_resume(cfg: DictConfig, folder: RunFolder) -> Path | None:
     continued = cfg.resume is not None or bool(folder.checkpoints())
     if not continued:
         return None
-    before = _flatten({"text_encoder": _NO_TEXT, **folder.config()})
+    before = _flatten(
+        {"text_encoder": _NO_TEXT, "low_resolution": _LOW_RESOLUTION, **folder.config()}
+    )
     given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     now = _flatten({"text_encoder": _NO_TEXT, **given})
     # shortest first: what others refer to is named before what follows from it

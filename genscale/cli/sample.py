@@ -79,6 +79,8 @@ def run(cfg: DictConfig) -> None:
         }
         if setup is not None:
             record |= {"search": setup.label}
+        if pipeline.references is not None:
+            record |= pipeline.references.record()
         if pipeline.makes_clips:
             record |= {"num_frames": images.shape[2], "frame_rate": shown_rate(pipeline)}
         write_json(folder / "samples.json", record)

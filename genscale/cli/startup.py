@@ -13,6 +13,7 @@ from omegaconf import DictConfig, open_dict
 from genscale import dist
 from genscale.cli.app import instantiate
 from genscale.cli.autoencoding import autoencoder_problems
+from genscale.cli.cascading import reference_problems
 from genscale.cli.combinations import combination_problems, frame_problems
 from genscale.cli.numbers import number_problems
 from genscale.cli.sample import label_law
@@ -130,7 +131,8 @@ def check(cfg: DictConfig) -> Any:
         )
     built: dict[str, Any] = {}
     of_parts: list[str] = []
-    for path in ("objective", "sampler", "guidance", "optim", "lr_schedule", "ema", "text_encoder"):
+    paths = ("objective", "sampler", "guidance", "optim", "lr_schedule", "ema", "text_encoder")
+    for path in (*paths, "low_resolution"):
         of_parts += problem_of(partial(_build_into, built, cfg, path))
     fitting = (built.get(path) for path in ("objective", "guidance", "sampler"))
     misfits = combination_problems(cfg.model, *fitting)
@@ -142,6 +144,7 @@ def check(cfg: DictConfig) -> Any:
     if "data" in built:
         problems += problem_of(partial(_check_labels, cfg, built["data"].num_classes or 0))
         problems += frame_problems(cfg.model, built["data"])
+        problems += reference_problems(cfg.model, built.get("low_resolution"), built["data"])
         problems += problem_of(partial(_check_autoencoder, cfg, built["data"]))
         if "text_encoder" in built and built["text_encoder"].token_size:
             problems += caption_problems(built["text_encoder"], built["data"])

@@ -81,6 +81,7 @@ def _assemble(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> tuple[Any,
         condition_dropout=cfg.condition_dropout if datamodule.num_classes or text else 0.0,
         seed=cfg.seed,
         text=text,
+        low_resolution=instantiate(cfg.low_resolution, "low_resolution"),
         compile_blocks=cfg.compile,
         checkpoint_blocks=cfg.checkpoint_blocks,
     )
@@ -103,10 +104,14 @@ def _callbacks(
     cfg: DictConfig, datamodule: Any, folder: RunFolder, module: Any, log: Any
 ) -> list[Any]:
     """Return what happens beside the steps; the order matters, see each of them."""
+    from genscale.cascade import ReducedData
     from genscale.training.callbacks.metrics import PeriodicMetrics
     from genscale.training.callbacks.samples import SampleGrid
 
     pipeline = module_pipeline(cfg, module)
+    if pipeline.low_resolution is not None:
+        held_out = datamodule.train if datamodule.heldout is None else datamodule.heldout
+        pipeline.references = ReducedData(held_out, pipeline.low_resolution)
     pipeline.ready(pipeline.guidance)  # what it names is read now, not at the first grid
     options = cfg.callbacks
     looks: list[Any] = []

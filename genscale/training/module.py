@@ -13,6 +13,7 @@ from genscale import rng
 from genscale.autoencoders.base import Autoencoder, ScaleTokenizer, Variational
 from genscale.backbones.base import Backbone
 from genscale.conditioning.base import Conditioning
+from genscale.conditioning.low_resolution import LowResolution
 from genscale.errors import DataError
 from genscale.flops import count_flops_by_module
 from genscale.io.images import from_uint8
@@ -41,6 +42,8 @@ class GenerativeModule(StepModule):
         condition_dropout: share of samples trained with the null condition.
         seed: seed of everything random.
         text: encodes captions, where the model reads them; frozen and not part of the checkpoint.
+        low_resolution: how references are made of pictures, for a model that enlarges
+            (``reference_channels`` above 0); None is the usual way.
         compile_blocks: compile each block of the backbone in place.
         checkpoint_blocks: recompute activations of blocks in the backward pass.
     """
@@ -58,6 +61,7 @@ class GenerativeModule(StepModule):
         condition_dropout: float = 0.0,
         seed: int = 0,
         text: TextCache | None = None,
+        low_resolution: LowResolution | None = None,
         compile_blocks: bool = False,
         checkpoint_blocks: bool = False,
     ) -> None:
@@ -72,6 +76,7 @@ class GenerativeModule(StepModule):
         # held in a tuple: not a submodule, so that its weights stay out of checkpoints and DDP
         self._frozen = (autoencoder.requires_grad_(False).eval(),)
         self._text = text
+        self.low_resolution = low_resolution or LowResolution()
         self.objective = objective
         self.condition_dropout = condition_dropout
         self.compile_blocks = compile_blocks
@@ -153,7 +158,26 @@ class GenerativeModule(StepModule):
             # filled on the device: nothing waits for the host
             columns = [torch.full(rows, float(side), device=self.device) for side in sides]
             size = torch.cat(columns, dim=1)
-        return replace(self._wish(raw), frame_rate=frame_rate, size=size)
+        reference, level = self._reference(raw)
+        return replace(
+            self._wish(raw),
+            frame_rate=frame_rate,
+            size=size,
+            reference=reference,
+            reference_level=level,
+        )
+
+    def _reference(self, raw: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Return what a model that enlarges is given of the pictures themselves; else nothing."""
+        if not self.model.config.get("reference_channels"):
+            return None, None
+        if "image" not in raw:
+            raise DataError(
+                "The model enlarges reduced pictures, but batches carry cached latents alone. "
+                "Train it on the pictures themselves."
+            )
+        draws = rng.for_step(self.seed, raw["position"])
+        return self.low_resolution.of_data(from_uint8(raw["image"]), draws)
 
     def _wish(self, raw: dict[str, Any]) -> Conditioning:
         """Return what a raw batch asks for: labels, captions, or both."""
