@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -98,7 +99,7 @@ class KL(Variational):
         for source in (self.source, self.decoder_source):
             if source is not None:
                 try:
-                    check_config(read_config(locate(source)), self.settings(), source)
+                    self._compare(locate(source), source)
                 except (CheckpointError, ConfigError) as error:
                     problems.append(str(error))
         return problems
@@ -117,6 +118,14 @@ class KL(Variational):
         """Return ``kl`` and the first digits of the decoder's digest: decoders change FIDs."""
         return f"kl:{weights_digest(self._loaded('decode'), ('decoder.', 'post_quant_conv.'))[:8]}"
 
+    def _compare(self, folder: Path, source: Source) -> None:
+        """Hold a folder's config against the settings; see :func:`check_config`."""
+        check_config(read_config(folder), self.settings(), source)
+
+    def _open(self, folder: Path, source: Source) -> Any:
+        """Load diffusers' module from a folder."""
+        return load(folder, source)
+
     def _source_of(self, role: str) -> Source | None:
         return (self.decoder_source if role == "decode" else None) or self.source
 
@@ -129,8 +138,8 @@ class KL(Variational):
         vae = self._decoding if apart else self._encoding
         if vae is None:
             folder = locate(source)
-            check_config(read_config(folder), self.settings(), source)
-            vae = load(folder, source)
+            self._compare(folder, source)
+            vae = self._open(folder, source)
             if apart:
                 self._decoding = vae
             else:
