@@ -19,7 +19,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and any(p.glob("*.yaml")))
 # needs pictures on disk: composed here, built in tests/data
 ON_DISK = {("data", "fashion_mnist"), ("data", "image_folder"), ("data", "imagenet256")}
-ON_DISK |= {("data", "emoji")}
+ON_DISK |= {("data", "emoji"), ("data", "video_folder")}
 ON_DISK |= {("data", name) for name in ("latents", "imagenet256_latents", "imagenet512_latents")}
 # filled in from a run by sample.py
 READ_BACK = {("sampler", "run"), ("guidance", "run"), ("autoencoder", "run"), ("metrics", "run")}
@@ -27,6 +27,8 @@ READ_BACK |= {("text_encoder", "run")}
 READ_BACK |= {("sampler", "none"), ("reward", "none")}  # say that there is none
 
 AUTOENCODERS = {"msvq", "kl_small"}  # trained like a backbone, and none
+# clips of the published size
+OF_ONE_SIZE = {"snap_video_500m", "snap_video_3_9b", "snap_video_3_9b_upsampler", "causal_wan_1_3b"}
 OF_SAMPLING = {"step_cache", "search", "reward"}  # groups that training does not have
 
 
@@ -93,6 +95,15 @@ def test_a_model_alone_is_enough(option: str) -> None:
             list(settings.scales),
         )
         assert cfg.sampler.num_scales == len(model.scales)
+        return
+    if len(model.sample_shape) == 4:  # clips
+        channels, *size = model.sample_shape
+        if option not in OF_ONE_SIZE:
+            assert channels == cfg.autoencoder.latent_channels
+            side = cfg.data.resolution // cfg.autoencoder.downsample
+            assert size[1:] == [side, side]
+            assert model.config.get("text_size", 0) in (0, cfg.text_encoder.token_size)
+        assert objective.view(model).sample_shape == model.sample_shape
         return
     if reads_text(model.config):  # captions in place of classes, in colour
         assert model.sample_shape == (3, 32, 32)

@@ -76,6 +76,7 @@ def usual_callbacks(
     from genscale.training.callbacks.ema import UpdateEMA
     from genscale.training.callbacks.finite import FiniteGuard
     from genscale.training.callbacks.progress import TrainProgress
+    from genscale.training.callbacks.replaced import ReplacedSamples
     from genscale.training.callbacks.snapshots import EMASnapshots
     from genscale.training.callbacks.stop import GracefulStop
     from genscale.training.ema import PosthocEMA
@@ -84,6 +85,7 @@ def usual_callbacks(
     callbacks: list[Any] = [
         UpdateEMA(),
         FiniteGuard(max_in_row=options.max_bad_steps, every=options.log_every),
+        ReplacedSamples(),
         log,
         TrainProgress(log),
         GracefulStop(every=options.log_every),
@@ -149,6 +151,9 @@ def summarise(
         "loss": log.latest.get("train/loss"),
         **further,
     }
+    replaced = log.latest.get("train/replaced_samples")
+    if replaced is not None:
+        summary["replaced_samples"] = int(replaced)
     write_json(folder.path / "summary.json", summary)
     report = write_report(folder.path)
     print(json.dumps(summary))

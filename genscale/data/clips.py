@@ -31,9 +31,11 @@ class ClipDataset(ImageDataset):
     Attributes:
         num_frames: frames of a clip, T.
         usual_frame_rate: frames a second that samples are made for unless told otherwise.
+        replaces_damaged: another clip takes the place of one that cannot be read.
     """
 
     usual_frame_rate: float
+    replaces_damaged: bool = False
 
     @abstractmethod
     def images(self, indices: Tensor | Sequence[int]) -> Tensor:
@@ -280,8 +282,8 @@ class ClipDataModule(ImageDataModule):
         """Return what turns (position, row) pairs into batches, in the reading processes.
 
         A batch is ``{"image": uint8 (B, C, T, H, W), "label", "position", "frame_rate": float32
-        (B,), "replaced": bool (B,)}``, with :attr:`with_captions` also ``"caption"``. A sample was
-        replaced where its own file is damaged.
+        (B,)}``, with :attr:`with_captions` also ``"caption"``. Of data that replace
+        damaged files, ``"replaced"``, bool ``(B,)``, tells which samples were.
         """
         return _ClipSamples(self)
 
@@ -341,8 +343,9 @@ class _ClipSamples(Dataset[dict[str, Any]]):
             "label": self._labels(rows, still),
             "position": position,
             "frame_rate": frame_rate,
-            "replaced": replaced,
         }
+        if clips.replaces_damaged:
+            batch["replaced"] = replaced
         if self._with_captions and clips.captions is not None:
             batch["caption"] = self._captions(rows, still, flipped)
         return batch

@@ -8,7 +8,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ from genscale.rng import key, uniform
 _TRIES = 16  # damaged files in a row before a sample gives up
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class VideoFolder(ClipDataset):
@@ -141,7 +142,7 @@ class VideoFolder(ClipDataset):
         self.times = ClipTimes(num_frames, rates, short, begin)
         self.crop: Crop = crop
         self.resize: Filter = resize
-        self._skips = damaged == "skip"
+        self.replaces_damaged = damaged == "skip"
         self._open = (backend, exact, float(assumed_rate))
         paths = self._found()
         self.decoder = decoder(backend) if needs_decoder(paths) else "none"
@@ -157,9 +158,9 @@ class VideoFolder(ClipDataset):
             number = {name: i for i, name in enumerate(self.class_names)}
             self._labels = torch.tensor([number[path.split("/", 1)[0]] for path in paths])
         self.captions = read_captions(self.root, paths, captions)
-        self.usual_frame_rate = rates[0] if rates else self._own_rate()
         # which files were found damaged later; reading processes share it
         self._damaged = _shared_flags(len(paths))
+        self.usual_frame_rate = rates[0] if rates else self._own_rate()
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -189,15 +190,18 @@ class VideoFolder(ClipDataset):
         rows = row_numbers(indices, len(self))
         clips = self._room(len(rows))
         for place, row in enumerate(rows.tolist()):
-            clips[place] = self._first_readable(self._neighbours(row), self._fixed)[0]
+            clips[place] = self._first_readable(self._neighbours(row), self._fixed)[0][0]
         return clips
 
     def frame_rate(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Return the frames a second of each row's fixed clip; see :class:`ClipDataset`."""
         rows = row_numbers(indices, len(self)).tolist()
-        return torch.tensor(
-            [self._choose(row, self.times.fixed, self._info(row))[1] for row in rows]
-        ).float()
+
+        def rate(row: int) -> float:
+            return self._choose(row, self.times.fixed, self._info(row))[1]
+
+        rates = [self._first_readable(self._neighbours(row), rate)[0] for row in rows]
+        return torch.tensor(rates, dtype=torch.float32)
 
     def source_size(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Return height and width of some rows' videos before cropping: float32 ``(n, 2)``."""
@@ -231,7 +235,7 @@ class VideoFolder(ClipDataset):
             candidates = [int(rows[place]), *(uniform(further) * len(self)).long().tolist()]
             draws = uniform(one, (3,)).tolist()
             read = functools.partial(self._drawn, draws=draws)
-            clips[place], rates[place], rows[place] = self._first_readable(candidates, read)
+            (clips[place], rates[place]), rows[place] = self._first_readable(candidates, read)
         return clips, rates, rows
 
     def some(self, rows: Tensor) -> VideoFolder:
@@ -268,7 +272,7 @@ class VideoFolder(ClipDataset):
     def _fingerprint(self) -> str:
         how = (
             *(self.resolution, self.channels, self.class_names, self.times),
-            *(self.crop, self.resize, self.decoder, self._open[1:], self._skips),
+            *(self.crop, self.resize, self.decoder, self._open[1:], self.replaces_damaged),
         )
         digest = hashlib.sha256(repr(how).encode())
         for row, path in enumerate(self._paths):
@@ -285,9 +289,9 @@ class VideoFolder(ClipDataset):
         return paths
 
     def _own_rate(self) -> float:
-        """Return the middle frame rate of the videos, or the first's where none were opened."""
+        """Return the middle frame rate of the videos; where none were opened, the first one's."""
         if self._infos is None:
-            return self._info(0).frame_rate
+            return self._first_readable(range(len(self))[:_TRIES], self._info)[0].frame_rate
         return float(self._infos[:, 3].median())
 
     def _info(self, row: int) -> VideoInfo:
@@ -304,7 +308,12 @@ class VideoFolder(ClipDataset):
     def _checked(self, paths: list[str], *, whole: bool) -> list[str]:
         """Look at all videos, keep what they say, and return the paths of those that will serve."""
         infos = check_videos(
-            self.root, paths, self._opened, times=self.times, whole=whole, skips=self._skips
+            self.root,
+            paths,
+            self._opened,
+            times=self.times,
+            whole=whole,
+            skips=self.replaces_damaged,
         )
         self.left_out = tuple(path for path in paths if path not in infos)
         rows = [[i.height, i.width, i.duration, i.frame_rate] for i in infos.values()]
@@ -323,15 +332,17 @@ class VideoFolder(ClipDataset):
         place = int((alike == row).nonzero())
         return alike.roll(-place)[:_TRIES].tolist()
 
-    def _first_readable(
-        self, candidates: Sequence[int], read: Callable[[int], tuple[Tensor, float]]
-    ) -> tuple[Tensor, float, int]:
-        """Read the first candidate; where damaged videos are skipped, the first that can be."""
+    def _first_readable(self, candidates: Sequence[int], read: Callable[[int], T]) -> tuple[T, int]:
+        """Read the first candidate; where damaged videos are skipped, the first that can be.
+
+        Returns:
+            what was read, and the row.
+        """
         for row in candidates:
             try:
-                clip, rate = read(row)
+                return read(row), row
             except Unreadable as error:
-                if not self._skips:
+                if not self.replaces_damaged:
                     raise
                 if not bool(self._damaged[row]):
                     self._damaged[row] = True
@@ -340,8 +351,6 @@ class VideoFolder(ClipDataset):
                         error.path,
                         error.why,
                     )
-                continue
-            return clip, rate, row
         raise DataError(
             f"{len(candidates)} videos drawn in a row cannot be read (the last: "
             f"{self.root / self._paths[candidates[-1]]}). Look at data.root={self.root}."

@@ -283,6 +283,8 @@ class PyAVReader(VideoReader):
             held = " and ".join(kinds) or "nothing"
             raise Unreadable(self.path, f"it holds no pictures, only {held}")
         self._stream = streams[0]
+        if self._stream.codec_context is None:
+            raise Unreadable(self.path, "its index is damaged, or its coding is unknown here")
         self._stream.thread_type = "NONE"
         self._stream.codec_context.thread_count = 1
         self._unit = float(self._stream.time_base)
