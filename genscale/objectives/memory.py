@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from genscale.layers import scale_cache
+from genscale.layers.joined_caches import alike
+from genscale.layers.video_cache import VIDEO_CACHE
 
 STEP_CACHE = "step_cache"
 
@@ -65,7 +67,10 @@ def cat_tensors(memories: Sequence[Any], counts: Sequence[int] | None = None) ->
     if isinstance(first, Tensor):
         return torch.cat(list(memories))
     if isinstance(first, dict):
-        return {name: cat_tensors([memory[name] for memory in memories], counts) for name in first}
+        items = {name: [memory[name] for memory in memories] for name in first}
+        if VIDEO_CACHE in first:
+            items[VIDEO_CACHE] = alike(items[VIDEO_CACHE])
+        return {name: cat_tensors(parts, counts) for name, parts in items.items()}
     if isinstance(first, list | tuple):
         return type(first)(cat_tensors(items, counts) for items in zip(*memories, strict=True))
     return first
@@ -90,6 +95,9 @@ def put_rows(memory: Any, index: Tensor, rows: Any, count: int | None = None) ->
     if isinstance(memory, Tensor):
         return memory.index_copy(0, index.to(memory.device, non_blocking=True), rows)
     if isinstance(memory, dict):
+        if VIDEO_CACHE in memory:
+            caches = alike([memory[VIDEO_CACHE], rows[VIDEO_CACHE]])
+            memory, rows = {**memory, VIDEO_CACHE: caches[0]}, {**rows, VIDEO_CACHE: caches[1]}
         return {name: put_rows(item, index, rows[name], count) for name, item in memory.items()}
     if isinstance(memory, list | tuple):
         pairs = zip(memory, rows, strict=True)
