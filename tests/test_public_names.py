@@ -42,6 +42,10 @@ THROUGH = {
         *("search_records", "write_search", "write_study", "write_search_report"),
         *("write_scaling_report", "whole_page"),
     ),
+    "FIT": (
+        *("ComputeLayer", "LocalLayer", "start_numbers"),
+        *("frames_and_sides", "check_latents", "check_clip"),
+    ),
     "D2D": ("Asked", "Detections"),
     "SceneSoft": ("SoftHandle",),
     "Engine": ("Ledger",),
