@@ -22,23 +22,29 @@ from genscale.samplers.base import Sampler
 def fit_reference(suite: EvaluationSuite, datamodule: ImageDataModule) -> None:
     """Give the suite a data set's training and held-out pictures; of latents, those encoded.
 
-    Of more than ``suite.max_reference`` training pictures, a keyed random subset is taken; the
+    Of more than ``suite.max_reference`` pictures of a split, a keyed random subset is taken; the
     protocol states the count.
     """
     datamodule = datamodule.pictures()
     train, heldout = datamodule.train, datamodule.heldout
-    rows = torch.arange(len(train))
-    if len(train) > suite.max_reference:
-        order = rng.permutation(rng.key(0, Purpose.SUBSET), len(train))
-        rows = order[: suite.max_reference].sort().values
+    rows = _some_rows(len(train), suite.max_reference)
+    others = _some_rows(0 if heldout is None else len(heldout), suite.max_reference)
     suite.fit_reference(
         train.images(rows),
         None if train.labels is None else train.labels[rows],
-        None if heldout is None else heldout.images(torch.arange(len(heldout))),
-        None if heldout is None else heldout.labels,
+        None if heldout is None else heldout.images(others),
+        None if heldout is None or heldout.labels is None else heldout.labels[others],
         fingerprint=train.fingerprint(),
         name=f"{datamodule.name}-{datamodule.resolution}-train",
     )
+
+
+def _some_rows(count: int, most: int) -> torch.Tensor:
+    """Return all rows of ``count``, or a keyed subset of ``most``, in order."""
+    if count <= most:
+        return torch.arange(count)
+    order = rng.permutation(rng.key(0, Purpose.SUBSET), count)
+    return order[:most].sort().values
 
 
 def heldout_captions(datamodule: ImageDataModule, count: int) -> list[str] | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from genscale import rng
 from genscale.assembly import build
 from genscale.autoencoders.base import Autoencoder
-from genscale.autoencoders.frames import by_frame
+from genscale.autoencoders.frames import on_clips
 from genscale.autoencoders.offload import OffloadedDecoder
 from genscale.backbones.base import Backbone
 from genscale.cascade import References, Wanted
@@ -257,7 +257,8 @@ class GenerationPipeline:
         """Shape ``(C, H, W)`` of a finished picture, or ``(C, T, H, W)`` of a clip."""
         channels, *frames, height, width = self.model.sample_shape
         if frames:  # a sampler may make longer clips than those of the training
-            frames = list(self.sampler.noise_shape(self.model)[1:-2])
+            length = self.sampler.noise_shape(self.model)[1]
+            frames = [self.autoencoder.latent_to_frames(length)]
         factor = self.autoencoder.downsample
         channels = self.autoencoder.image_channels or channels
         return (channels, *frames, height * factor, width * factor)
@@ -333,7 +334,8 @@ class GenerationPipeline:
         return images.float(), state.nfe
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return by_frame((self._offloaded or self.autoencoder).decode, latents.float())
+        decoder = self._offloaded or self.autoencoder
+        return on_clips(self.autoencoder, decoder.decode, latents.float())
 
     def conditions(
         self,

@@ -21,11 +21,19 @@ class Autoencoder(nn.Module):
         latent_channels: channels of the latents.
         downsample: pixels a latent cell covers along one side.
         image_channels: channels of its pictures; None where they are those of the latents.
+        temporal_downsample: frames of a clip that a latent cell covers; None where it knows
+            pictures alone, which then takes clips frame by frame, see
+            :func:`~genscale.autoencoders.frames.on_clips`.
     """
 
     latent_channels: int
     downsample: int
     image_channels: int | None = None
+    temporal_downsample: int | None = None
+
+    def latent_to_frames(self, latent_frames: int) -> int:
+        """Return the frames of a clip of so many latent frames: as many, unless it knows clips."""
+        return latent_frames
 
     @abstractmethod
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:

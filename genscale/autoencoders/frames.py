@@ -1,4 +1,4 @@
-"""Networks of pictures at work on clips: one frame after the other."""
+"""Autoencoders at work on clips: those of pictures take one frame after the other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from genscale.autoencoders.base import Autoencoder
 
 
 def by_frame(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -24,3 +26,18 @@ def by_frame(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     if images.dim() == 4:
         return function(images)
     return torch.stack([function(frame) for frame in images.unbind(2)], dim=2)
+
+
+def on_clips(
+    autoencoder: Autoencoder, function: Callable[[Tensor], Tensor], images: Tensor
+) -> Tensor:
+    """Apply a function of an autoencoder to pictures, or to clips as the autoencoder knows them.
+
+    Args:
+        autoencoder: whose ``temporal_downsample`` says whether it takes clips as a whole.
+        function: its ``encode``, ``moments`` or ``decode``.
+        images: ``(B, C, H, W)``, or clips ``(B, C, T, H, W)``; pictures or latents.
+    """
+    if autoencoder.temporal_downsample is not None:
+        return function(images)
+    return by_frame(function, images)

@@ -41,6 +41,12 @@ def combination_problems(
             objective.check_variance(learned)
         except ConfigError as error:
             problems.append(str(error))
+        if objective.self_conditioning > 0 and not _remembers(model):
+            problems.append(
+                f"objective.self_conditioning={objective.self_conditioning:g} trains a network to "
+                f"use what it remembers, but {str(model.get('_target_')).rpartition('.')[2]} "
+                "remembers nothing. Pass objective.self_conditioning=0."
+            )
     if guidance is not None:
         problems += guidance.check(objective.process)
     if sampler is not None:
@@ -80,16 +86,19 @@ def family_problems(
     return problems
 
 
-def frame_problems(model: DictConfig, datamodule: Any) -> list[str]:
+def frame_problems(model: DictConfig, datamodule: Any, *, in_latents: bool = False) -> list[str]:
     """Return a sentence where a model of clips meets pictures, one of pictures clips, or lengths.
 
     Args:
         model: the model's node, whose ``input_size`` has three sides where it makes clips.
         datamodule: with ``num_frames``, 0 for pictures.
+        in_latents: whether an autoencoder makes fewer latent frames of them.
     """
     # not resolved: a size that follows the data cannot be where these have no frames
-    raw = OmegaConf.to_container(model).get("input_size")  # type: ignore[union-attr]
-    makes_clips = isinstance(raw, list) and len(raw) == 3
+    settings: dict[str, Any] = OmegaConf.to_container(model)  # type: ignore[assignment]
+    raw = settings.get("input_size")
+    sides = raw if isinstance(raw, list) else []
+    makes_clips = len(sides) == 3
     name = str(model.get("_target_")).rpartition(".")[2]
     frames = datamodule.num_frames
     if makes_clips and not frames:
@@ -102,10 +111,10 @@ def frame_problems(model: DictConfig, datamodule: Any) -> list[str]:
             f"Data '{datamodule.name}' holds clips of {frames} frames, but {name} makes pictures. "
             "Give model=snap_video, say, or other data=..."
         ]
-    if makes_clips and isinstance(raw[0], int) and raw[0] != frames:
+    if makes_clips and isinstance(sides[0], int) and sides[0] != frames and not in_latents:
         return [
-            f"model.input_size begins with {raw[0]} frames, but the clips of data "
-            f"'{datamodule.name}' have {frames}. Give data.num_frames={raw[0]}, or leave "
+            f"model.input_size begins with {sides[0]} frames, but the clips of data "
+            f"'{datamodule.name}' have {frames}. Give data.num_frames={sides[0]}, or leave "
             "model.input_size out."
         ]
     return []
@@ -115,6 +124,17 @@ _PLAIN = {"diffusion": "a diffusion model", "scale_wise": "a scale-wise model"}
 _OBJECTIVES = {"diffusion": "flow, ddpm or edm", "scale_wise": "next_scale"}
 _SAMPLERS = {"diffusion": "sde or another solver", "scale_wise": "next_scale"}
 _GUIDANCES = {"diffusion": "cfg", "scale_wise": "scale_wise"}
+
+
+def _remembers(model: DictConfig) -> bool:
+    """Return whether the model's class conditions itself on what it remembers."""
+    from hydra.utils import get_object
+
+    try:
+        network = get_object(str(model.get("_target_")))
+    except ImportError:  # told where the model is built
+        return True
+    return bool(getattr(network, "self_conditioning", False))
 
 
 def model_setting(node: DictConfig, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,17 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
     place_references(cfg, pipeline, lambda: datasets_of(cfg.run))
     if cfg.get("offload"):
         pipeline.offload()
-    return pipeline, sampler, guidance
+    return pipeline, _as_json(sampler), _as_json(guidance)
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with infinities as words, which JSON has no numbers for."""
+    infinite = {
+        name: str(value)
+        for name, value in settings.items()
+        if isinstance(value, float) and math.isinf(value)
+    }
+    return {**settings, **infinite}
 
 
 def _place_autoencoder(cfg: DictConfig, pipeline: GenerationPipeline, own: dict[str, Any]) -> None:

@@ -143,7 +143,8 @@ def check(cfg: DictConfig) -> Any:
     problems += problem_of(partial(_build_into, built, cfg, "data")) + of_parts
     if "data" in built:
         problems += problem_of(partial(_check_labels, cfg, built["data"].num_classes or 0))
-        problems += frame_problems(cfg.model, built["data"])
+        in_latents = cfg.autoencoder.get("temporal_downsample") is not None
+        problems += frame_problems(cfg.model, built["data"], in_latents=in_latents)
         problems += reference_problems(cfg.model, built.get("low_resolution"), built["data"])
         problems += problem_of(partial(_check_autoencoder, cfg, built["data"]))
         if "text_encoder" in built and built["text_encoder"].token_size:

@@ -11,6 +11,10 @@ from genscale.errors import ConfigError, GenscaleError, did_you_mean
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+_MEANINGS = {  # of references without an answer that say what does not go together
+    "data.num_frames": "The model makes clips, but data={name} holds pictures, which have no "
+    "frames. Give data=moving_sprites, say, or another model=..."
+}
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -24,7 +28,8 @@ def check_values(cfg: DictConfig) -> None:
     # a reference to a value that has a problem of its own is not told twice
     first_hand = [sentence for sentence, caused in problems if not caused]
     if problems:
-        raise ConfigError("\n".join(first_hand or [sentence for sentence, _ in problems]))
+        told = first_hand or [sentence for sentence, _ in problems]
+        raise ConfigError("\n".join(dict.fromkeys(told)))
 
 
 def _problems(node: Any, root: DictConfig, prefix: str) -> Iterator[tuple[str, bool]]:
@@ -62,6 +67,8 @@ def _unanswered(
     text = str(OmegaConf.to_container(node, resolve=False)[key])  # type: ignore[index]
     known = list(_all_keys(OmegaConf.to_container(root, resolve=False)))
     for reference in _REFERENCE.findall(text):
+        if reference in _MEANINGS and reference not in known:
+            return _MEANINGS[reference].format(name=OmegaConf.select(root, "data.name")), False
         if reference not in known:
             close = did_you_mean(reference, known)
             return f"'{name}' is {text}, but there is no '{reference}' in the config.{close}", False

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from genscale import rng
 from genscale.autoencoders.base import Autoencoder, ScaleTokenizer, Variational
+from genscale.autoencoders.frames import on_clips
 from genscale.backbones.base import Backbone
 from genscale.conditioning.base import Conditioning
 from genscale.conditioning.low_resolution import LowResolution
@@ -114,7 +115,8 @@ class GenerativeModule(StepModule):
         """Turn a raw batch into a training batch.
 
         Args:
-            raw: uint8 ``image`` or the cached ``moments`` of one, ``label`` and ``position``; for
+            raw: uint8 ``image`` or the cached ``moments`` of one, ``label`` and ``position``, of
+                clips ``(B, C, T, H, W)`` also ``frame_rate`` ``(B,)``; for
                 models that read text also ``caption``, a list of texts.
 
         Raises:
@@ -128,12 +130,14 @@ class GenerativeModule(StepModule):
             features = autoencoder.features(clean)
         elif isinstance(autoencoder, Variational):
             cached = raw.get("moments")
-            moments = autoencoder.moments(from_uint8(raw["image"])) if cached is None else cached
+            moments = cached
+            if moments is None:
+                moments = on_clips(autoencoder, autoencoder.moments, from_uint8(raw["image"]))
             shape = (autoencoder.latent_channels, *moments.shape[2:])
             noise = rng.for_step(self.seed, position).normal(Purpose.POSTERIOR, shape)
             clean = autoencoder.from_moments(moments.float(), noise)
         else:
-            clean = autoencoder.encode(from_uint8(raw["image"]))
+            clean = on_clips(autoencoder, autoencoder.encode, from_uint8(raw["image"]))
         cond = self._condition(raw)
         if self.condition_dropout > 0 and len(cond):
             draws = rng.for_step(self.seed, position).uniform(Purpose.DROP)
