@@ -47,6 +47,7 @@ class DDPM(DenoisingObjective):
             bound is over steps: continuous time has none.
         time_input: which number the network is fed (:mod:`genscale.objectives.time_input`).
         pyramid_weights: see :class:`~genscale.objectives.denoising.DenoisingObjective`.
+        self_conditioning: see there.
 
     Raises:
         ConfigError: an unknown name, an impossible number, or settings of steps in continuous
@@ -67,6 +68,7 @@ class DDPM(DenoisingObjective):
         learn_sigma: bool = False,
         time_input: TimeInput = "dimr_linear",
         pyramid_weights: PyramidWeights = "auto",
+        self_conditioning: float = 0.0,
     ) -> None:
         if beta_range is not None and len(beta_range) != 2:
             raise ConfigError(
@@ -92,6 +94,7 @@ class DDPM(DenoisingObjective):
             target=target,
             time_input=time_input,
             pyramid_weights=pyramid_weights,
+            self_conditioning=self_conditioning,
         )
         self.num_timesteps = num_timesteps
         self.learn_sigma = learn_sigma

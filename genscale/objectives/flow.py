@@ -46,6 +46,7 @@ class FlowMatching(DenoisingObjective):
         ignore_variance: accept networks with ``learn_sigma``, whose variance then stays as it is,
             as SiT's program does.
         pyramid_weights: see :class:`~genscale.objectives.denoising.DenoisingObjective`.
+        self_conditioning: see there.
 
     Raises:
         ConfigError: an unknown name, an impossible number, or a weighting of velocities.
@@ -73,6 +74,7 @@ class FlowMatching(DenoisingObjective):
         time_input: TimeInput = "dimr_linear",
         ignore_variance: bool = False,
         pyramid_weights: PyramidWeights = "auto",
+        self_conditioning: float = 0.0,
     ) -> None:
         for name, value, known in (
             ("path", path, get_args(Path)),
@@ -95,6 +97,7 @@ class FlowMatching(DenoisingObjective):
             target=target,
             time_input=time_input,
             pyramid_weights=pyramid_weights,
+            self_conditioning=self_conditioning,
             ignore_variance=ignore_variance,
         )
         check_law(time_law, time_std, time_shift, path="objective")

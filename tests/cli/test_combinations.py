@@ -11,6 +11,8 @@ from genscale.guidance.cfg import ClassifierFree
 from genscale.guidance.scale_wise import ScaleGuidance
 from genscale.guidance.zero_star import ZeroStar
 from genscale.objectives.ddpm import DDPM
+from genscale.objectives.denoising import DenoisingObjective
+from genscale.objectives.edm import EDM
 from genscale.objectives.flow import FlowMatching
 from genscale.objectives.next_scale import NextScale
 from genscale.samplers.next_scale import NextScale as Decoding
@@ -18,6 +20,7 @@ from genscale.samplers.ode import Euler
 
 DIT = "genscale.backbones.dit.DiT"
 DIMR = "genscale.backbones.dimr.DiMR"
+FIT = "genscale.backbones.fit.FIT"
 VAR = "genscale.backbones.var.VAR"
 
 
@@ -52,6 +55,16 @@ def test_a_learned_variance_needs_both_sides(
     problems = combination_problems(model, objective, Unguided(), None)
     assert len(problems) == (0 if words is None else 1)
     assert words is None or words in problems[0]
+
+
+@pytest.mark.parametrize("objective", [FlowMatching, DDPM, EDM])
+def test_only_networks_that_remember_learn_to_use_it(objective: type[DenoisingObjective]) -> None:
+    asked = objective(self_conditioning=0.9)  # type: ignore[call-arg]  # of all three
+    assert combination_problems(OmegaConf.create({"_target_": FIT}), asked, None, None) == []
+    node = OmegaConf.create({"_target_": DIT})
+    (problem,) = combination_problems(node, asked, None, None)
+    assert "DiT remembers nothing. Pass objective.self_conditioning=0." in problem
+    assert combination_problems(node, objective(), None, None) == []  # type: ignore[call-arg]
 
 
 def test_guidance_of_velocities_needs_one() -> None:
