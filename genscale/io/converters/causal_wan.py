@@ -95,6 +95,7 @@ _LAYOUTS = {
 }
 _OWN = "Give the state dict of a model with this config."
 _PUBLISHED_FRAMES = (21, 60, 104)  # 81 frames of 480 x 832 pixels, as latents
+_UNTOLD = ("input_size", "attend_padding")  # assumed where a state dict is all there is
 _KNOWN = {
     "patch_size", "text_len", "in_dim", "dim", "ffn_dim", "freq_dim", "text_dim", "num_heads",
     "num_layers", "local_attn_size", "sink_size", "qk_norm", "cross_attn_norm",
@@ -248,7 +249,7 @@ def from_official(state: Mapping[str, Tensor], model: CausalVideo) -> dict[str, 
         ConfigError: the model has parts that the layout cannot hold.
     """
     state = plain_names(state)
-    read = partial(config_from_state_dict, state)
+    read = partial(_told_by_shapes, state)
     advice = partial(settings_sentence, read, model.config, family="CausalVideo")
     return _read(state, model, "official", owner="CausalVideo", advice=advice)
 
@@ -343,6 +344,11 @@ def to_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict
         ConfigError: the model has parts that the layout cannot hold.
     """
     return _write(state, config, "diffusers")
+
+
+def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    found = config_from_state_dict(state)
+    return {name: value for name, value in found.items() if name not in _UNTOLD}
 
 
 def _read(
