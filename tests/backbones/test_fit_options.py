@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from genscale import rng
 from genscale.backbones.fit import FIT
 from genscale.backbones.fit_context import ContextTokens
 from genscale.backbones.fit_groups import GroupedPositions, Groups
@@ -21,8 +22,12 @@ from genscale.backbones.fit_layers import (
     modulated,
 )
 from genscale.backbones.fit_settings import ExtraInput, read_extra_inputs
+from genscale.backbones.reuse import recorded, replaced, reusable_modules
 from genscale.conditioning.base import Conditioning
-from tests.backbones.test_fit import batch, build
+from genscale.objectives.base import Batch
+from genscale.objectives.edm import EDM
+from genscale.samplers.ode import Heun
+from tests.backbones.test_fit import TINY, batch, build
 
 # places
 
@@ -74,8 +79,6 @@ def test_the_last_convolution_starts_as_the_identity() -> None:
 
 
 def _settings(**changes: Any) -> dict[str, Any]:
-    from tests.backbones.test_fit import TINY
-
     return {**TINY, **changes}
 
 
@@ -200,3 +203,43 @@ def test_what_operations_are_counted_on_is_what_the_network_reads(reads: bool) -
     x, t, cond, past = model.example((2, 2, 8, 12), "cpu")
     assert model(x, t, cond, past).sample.shape == (1, 2, 2, 8, 12)
     assert past["known"].all()
+
+
+def test_global_layers_can_be_reused_by_step_caching() -> None:
+    model, inputs = build(local_depth=1), batch()
+    modules = reusable_modules(model)
+    assert sorted(modules) == [
+        f"blocks.{b}.global_layers.0.{part}" for b in (0, 1) for part in ("attention", "mlp")
+    ]
+    with recorded(modules) as outputs:
+        whole = model(*inputs).sample
+    assert all(len(output) == 3 for output in outputs.values())  # a row a sample
+    with replaced(modules, outputs.__getitem__):
+        torch.testing.assert_close(model(*inputs).sample, whole)
+
+
+def test_training_on_memory_reaches_the_layers_of_the_past() -> None:
+    torch.manual_seed(0)
+    model = FIT(**_settings(text_size=0, reads_size=False))
+    clean = torch.rand(4, 2, 2, 8, 12) * 2 - 1
+    data = Batch(clean=clean, cond=Conditioning(), position=torch.arange(4))
+    objective = EDM(sigma_data=1.0, sigma_in=2**0.5, self_conditioning=0.9)
+    out = objective.loss(model, data, rng.for_step(0, data.position))
+    out.loss.backward()
+    assert model.past.norm.weight.grad.abs().max() > 0
+    assert all(p.grad is not None for p in model.blocks.parameters())
+
+
+def test_memory_travels_from_step_to_step_of_a_sampler() -> None:
+    model = build(text_size=0, reads_size=False)
+    view = EDM(sigma_data=1.0, sigma_in=2**0.5).view(model)
+    sampler = Heun(steps=2)
+    state = sampler.start(view, Conditioning(), torch.arange(2))
+    states = []
+    with torch.no_grad():
+        for _ in range(2):
+            state = sampler.advance(view, sampler.evaluate(view, state))
+            states.append(state.memory["latents"])
+    assert states[0].shape == (2, 8, 16)
+    assert not torch.equal(*states)
+    assert sampler.finish(state).shape == (2, 2, 2, 8, 12)
