@@ -19,7 +19,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and any(p.glob("*.yaml")))
 # needs pictures on disk: composed here, built in tests/data
 ON_DISK = {("data", "fashion_mnist"), ("data", "image_folder"), ("data", "imagenet256")}
-ON_DISK |= {("data", "emoji"), ("data", "video_folder")}
+ON_DISK |= {("data", "emoji"), ("data", "video_folder"), ("data", "video_latents")}
 ON_DISK |= {("data", name) for name in ("latents", "imagenet256_latents", "imagenet512_latents")}
 # filled in from a run by sample.py
 READ_BACK = {("sampler", "run"), ("guidance", "run"), ("autoencoder", "run"), ("metrics", "run")}

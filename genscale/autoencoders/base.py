@@ -31,6 +31,10 @@ class Autoencoder(nn.Module):
     image_channels: int | None = None
     temporal_downsample: int | None = None
 
+    def frames_to_latent(self, frames: int) -> int:
+        """Return the latent frames of a clip of so many frames: as many, unless it knows clips."""
+        return frames
+
     def latent_to_frames(self, latent_frames: int) -> int:
         """Return the frames of a clip of so many latent frames: as many, unless it knows clips."""
         return latent_frames
@@ -115,14 +119,23 @@ class Variational(Autoencoder):
             both before shift and scale.
         """
 
+    @property
+    def moment_channels(self) -> int:
+        """Channels of the moments."""
+        return 2 * self.latent_channels
+
     @abstractmethod
     def encoder_digest(self) -> str | None:
         """Return a SHA-256 over the encoder's weights; None where they are not given."""
 
     def from_moments(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Draw latents ``(B, C, h, w)`` with standard normal noise; None takes the mean."""
-        mean, log_variance = moments.chunk(2, dim=1)
-        if noise is not None:
+        """Draw latents ``(B, C, h, w)`` with standard normal noise; None takes the mean.
+
+        Moments may be means alone, of which nothing is drawn.
+        """
+        mean = moments[:, : self.latent_channels]
+        log_variance = moments[:, self.latent_channels :]
+        if noise is not None and log_variance.shape[1]:
             mean = mean + torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE)) * noise
         return (mean - self.shift) * self.scale
 

@@ -43,6 +43,7 @@ class VideoKind:
             F = 1 + r n frames have 1 + n latent frames; else F = r n have n.
         together: latent frames after the first come in groups of so many: others are encoded, but
             not decoded to as many frames.
+        variational: its encoder gives a variance, too.
     """
 
     name: str
@@ -51,6 +52,7 @@ class VideoKind:
     sizes: Callable[[Mapping[str, Any]], VideoSizes]
     causal: bool = True
     together: int = 1
+    variational: bool = True
 
     def latent_frames(self, frames: int, ratio: int) -> int:
         """Return the latent frames of a clip.
@@ -142,7 +144,10 @@ KINDS = {
             *("allegro", "AutoencoderKLAllegro", "autoencoder_kl_allegro", _cogvideox),
             causal=False,
         ),
-        VideoKind("cosmos", "AutoencoderKLCosmos", "autoencoder_kl_cosmos", _stated),
+        VideoKind(
+            *("cosmos", "AutoencoderKLCosmos", "autoencoder_kl_cosmos", _stated),
+            variational=False,
+        ),
     )
 }
 

@@ -84,6 +84,11 @@ class VideoAutoencoder(KL):
         """Whether a latent frame knows no later frames; the first frame then has its own."""
         return self.kind.causal
 
+    @property
+    def moment_channels(self) -> int:
+        """Channels of the moments."""
+        return (2 if self.kind.variational else 1) * self.latent_channels
+
     def frames_to_latent(self, frames: int) -> int:
         """Return the latent frames of a clip of so many frames.
 

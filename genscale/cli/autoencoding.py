@@ -42,6 +42,7 @@ def autoencoder_problems(cfg: DictConfig, datamodule: Any) -> list[str]:
             problems += size_problems(autoencoder, datamodule.resolution)
             problems += token_problems(cfg.model, autoencoder)
         problems += channel_problems(autoencoder, datamodule.channels)
+        problems += clip_problems(autoencoder, datamodule.num_frames)
     return problems
 
 
@@ -85,6 +86,29 @@ def size_problems(autoencoder: Autoencoder, resolution: int) -> list[str]:
         f"{list(autoencoder.scales[-1])}, for pictures of {sizes[0]} x {sizes[1]}. Give pictures "
         f"of this size, or autoencoder.scales=[...] that end with the size of their latents."
     ]
+
+
+def clip_problems(autoencoder: Autoencoder, num_frames: int) -> list[str]:
+    """Return a sentence where a video autoencoder meets pictures, or clips of other lengths.
+
+    Args:
+        autoencoder: of any kind.
+        num_frames: of the clips; 0 for pictures.
+    """
+    from genscale.errors import ConfigError
+
+    if autoencoder.temporal_downsample is None:
+        return []
+    if not num_frames:
+        return [
+            "The autoencoder takes clips, but the data are pictures. Give data=video_folder, say, "
+            "or an autoencoder=... of pictures."
+        ]
+    try:
+        autoencoder.frames_to_latent(num_frames)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def channel_problems(autoencoder: Autoencoder, channels: int) -> list[str]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from genscale.autoencoders.base import Variational
     from genscale.data.base import ImageDataset
+    from genscale.data.kept_clips import KeptCaptions
     from genscale.data.latent_index import CachePlan, ShardRecord
     from genscale.data.module import ImageDataModule
 
@@ -32,12 +33,15 @@ def run(cfg: DictConfig) -> None:
     folder = Path(cfg.out_dir).expanduser()
     datamodule = instantiate(cfg.data, "data")
     autoencoder = _autoencoder(cfg, datamodule)
-    plan = _plan(cfg, datamodule.train, autoencoder)
+    captions = _captions(cfg, datamodule.train)
+    plan = _plan(cfg, datamodule.train, autoencoder, None if captions is None else captions.digest)
     _refuse_other(folder, plan)
     index = CacheIndex(plan, _source(cfg))
     present = _present(folder, plan, rank)
     if rank == 0 and read_index(folder) is None:
         index.write(folder)
+    if rank == 0 and captions is not None:
+        captions.write(folder)
     records = _verified(folder, plan, present[rank::world_size])
     missing = [number for number in range(plan.num_shards) if number not in set(present)]
     records |= _encode(cfg, plan, folder, datamodule, autoencoder, missing[rank::world_size], rank)
@@ -48,11 +52,13 @@ def run(cfg: DictConfig) -> None:
             every |= part
         CacheIndex(plan, index.source, tuple(every[i] for i in sorted(every))).write(folder)
         size = _shown(sum(record.bytes for record in every.values()))
+        what = "clips" if plan.num_frames else "pictures"
         print(
-            f"{plan.count} pictures in {len(every)} shards, {size}"
+            f"{plan.count} {what} in {len(every)} shards, {size}"
             f"{f' ({len(present)} shards were there)' if present else ''}: {folder}"
         )
-        print(f"train: python train.py model=dit data=latents data.root={folder} {_words(cfg)}")
+        words = "snap_video data=video_latents" if plan.num_frames else "dit data=latents"
+        print(f"train: python train.py model={words} data.root={folder} {_words(cfg)}")
     dist.finish()
 
 
@@ -61,7 +67,10 @@ def _check(cfg: DictConfig) -> None:
     from genscale.cli.numbers import number_problems
     from genscale.data.latent_index import DTYPES
 
-    problems = number_problems(cfg, {"shard_size": 1, "batch_size": 1, "seed": None})
+    lowest = {"shard_size": 1, "batch_size": 1, "clips_per_video": 1, "seed": None}
+    problems = number_problems(cfg, lowest)
+    if cfg.keep not in ("moments", "mode"):
+        problems.append(f"keep must be moments or mode, but '{cfg.keep}' was given.")
     if cfg.out_dir is None:
         problems.append("out_dir is not set. Give out_dir=<folder of the latents>.")
     if cfg.dtype not in DTYPES:
@@ -81,7 +90,7 @@ def _autoencoder(cfg: DictConfig, datamodule: ImageDataModule) -> Variational:
     import torch
 
     from genscale.autoencoders.base import Variational
-    from genscale.cli.autoencoding import channel_problems
+    from genscale.cli.autoencoding import channel_problems, clip_problems
     from genscale.data.latents import LatentDataModule
     from genscale.pipeline import choose_device
 
@@ -97,6 +106,12 @@ def _autoencoder(cfg: DictConfig, datamodule: ImageDataModule) -> Variational:
         )
     problems = autoencoder.check(encodes=True, decodes=False)
     problems += channel_problems(autoencoder, datamodule.channels)
+    problems += clip_problems(autoencoder, datamodule.num_frames)
+    if cfg.clips_per_video > 1 and not datamodule.num_frames:
+        problems.append(
+            f"clips_per_video={cfg.clips_per_video}, but '{datamodule.name}' holds pictures. "
+            "Leave it out."
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = cfg.tf32
@@ -104,7 +119,19 @@ def _autoencoder(cfg: DictConfig, datamodule: ImageDataModule) -> Variational:
     return autoencoder.eval().to(choose_device(cfg.device))
 
 
-def _plan(cfg: DictConfig, images: ImageDataset, autoencoder: Variational) -> CachePlan:
+def _captions(cfg: DictConfig, images: ImageDataset) -> KeptCaptions | None:
+    """Return the captions to be kept; those of pictures are read from their data."""
+    from genscale.data.clips import ClipDataset
+    from genscale.data.kept_clips import KeptClips
+
+    if not isinstance(images, ClipDataset):
+        return None
+    return KeptClips(images, cfg.clips_per_video, cfg.seed).captions(mirrored=cfg.flip)
+
+
+def _plan(
+    cfg: DictConfig, images: ImageDataset, autoencoder: Variational, captions: str | None
+) -> CachePlan:
     from genscale.data.latent_index import CachePlan
 
     side, rest = divmod(images.resolution, autoencoder.downsample)
@@ -116,16 +143,25 @@ def _plan(cfg: DictConfig, images: ImageDataset, autoencoder: Variational) -> Ca
     return CachePlan(
         data=images.name,
         fingerprint=images.fingerprint(),
-        count=len(images),
+        count=len(images) * cfg.clips_per_video,
         resolution=images.resolution,
         channels=images.channels,
         class_names=images.class_names,
         autoencoder={**autoencoder.settings(), "encoder": autoencoder.encoder_digest()},
-        shape=(2 * autoencoder.latent_channels, side, side),
+        shape=(
+            autoencoder.latent_channels if cfg.keep == "mode" else autoencoder.moment_channels,
+            *((autoencoder.frames_to_latent(images.num_frames),) if images.num_frames else ()),
+            *(side, side),
+        ),
         flip=cfg.flip,
         dtype=cfg.dtype,
         shard_size=cfg.shard_size,
         tf32=cfg.tf32,
+        num_frames=images.num_frames,
+        frame_rate=getattr(images, "usual_frame_rate", 0.0),
+        clips_per_video=cfg.clips_per_video,
+        clip_seed=cfg.seed if cfg.clips_per_video > 1 else 0,
+        captions=captions,
     )
 
 
@@ -191,7 +227,10 @@ def _verified(folder: Path, plan: CachePlan, numbers: Sequence[int]) -> dict[int
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """Moments of a batch of rows ``ids`` of one shard, and of their mirror images."""
+    """Moments of a batch of rows ``ids`` of one shard, and of their mirror images.
+
+    Of clips, ``parts`` has their ``frame_rate``, too.
+    """
 
     ids: Tensor
     shard: int
@@ -218,6 +257,8 @@ def _encode(
     total = sum(len(plan.rows(number)) for number in numbers)
     batches = _batches(cfg, plan, datamodule, autoencoder, numbers)
     labels = datamodule.train.labels
+    if labels is not None:
+        labels = labels.repeat_interleave(plan.clips_per_video)
     for batch in track(batches, "encoding", total=total, show=rank == 0):
         waiting.append(batch)
         rows = plan.rows(batch.shard)
@@ -243,6 +284,7 @@ def _batches(
     import torch
     from torch.utils.data import DataLoader
 
+    from genscale.autoencoders.frames import on_clips
     from genscale.data.latent_index import DTYPES
     from genscale.io.images import from_uint8
     from genscale.pipeline import choose_device
@@ -254,25 +296,30 @@ def _batches(
         for start in range(0, len(rows), cfg.batch_size)
     ]
     loader: DataLoader[Any] = DataLoader(
-        _Pictures(datamodule.train),  # type: ignore[arg-type]  # has what the loader asks for
+        _Pictures(datamodule.train, plan),  # type: ignore[arg-type]  # has what the loader asks for
         batch_sampler=lists,
         num_workers=datamodule.num_workers if lists else 0,
         collate_fn=_keep,
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # of the workers' seeds, which nothing reads
     )
-    for rows, (pixels,) in zip(lists, loader, strict=True):
+    for rows, (pixels, rates) in zip(lists, loader, strict=True):
         images = from_uint8(pixels.to(device, non_blocking=True))
         with torch.inference_mode():
-            parts = {"moments": autoencoder.moments(images)}
+            parts = {"moments": on_clips(autoencoder, autoencoder.moments, images)}
             if plan.flip:
-                parts["mirrored"] = autoencoder.moments(images.flip(-1))
-        kept = {name: value.to(dtype).cpu().contiguous() for name, value in parts.items()}
+                parts["mirrored"] = on_clips(autoencoder, autoencoder.moments, images.flip(-1))
+        width = plan.shape[0]  # means come first
+        kept = {
+            name: value[:, :width].to(dtype).cpu().contiguous() for name, value in parts.items()
+        }
         if not all(bool(value.isfinite().all()) for value in kept.values()):
             raise DataError(
                 f"The moments of rows {rows[0]} to {rows[-1]} are not finite in {plan.dtype}. "
                 "Give dtype=float32, or look at these pictures."
             )
+        if rates is not None:
+            kept["frame_rate"] = rates
         ids = torch.tensor(rows)
         yield _Encoded(ids, rows[0] // plan.shard_size, kept)
 
@@ -280,18 +327,26 @@ def _batches(
 class _Pictures:
     """Reads a batch of pictures at once, in the reading processes."""
 
-    def __init__(self, images: ImageDataset) -> None:
+    def __init__(self, images: ImageDataset, plan: CachePlan) -> None:
+        from genscale.data.clips import ClipDataset
+        from genscale.data.kept_clips import KeptClips
+
         self._images = images
+        self._clips: KeptClips | None = None
+        if isinstance(images, ClipDataset):
+            self._clips = KeptClips(images, plan.clips_per_video, plan.clip_seed)
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._images) if self._clips is None else len(self._clips)
 
-    def __getitem__(self, row: int) -> Tensor:
-        return self._images.image(row)
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor | None]:
+        return self.__getitems__([row])
 
-    def __getitems__(self, rows: list[int]) -> list[Tensor]:
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor | None]:
         # the loader fetches a whole batch through this method where a data set has it
-        return [self._images.images(rows)]
+        if self._clips is None:
+            return self._images.images(rows), None
+        return self._clips.read(rows)
 
 
 def _keep(batch: Any) -> Any:
@@ -313,7 +368,8 @@ def _words(cfg: DictConfig) -> str:
     from hydra.core.hydra_config import HydraConfig
 
     option = HydraConfig.get().runtime.choices["autoencoder"]
-    given = [(key, cfg.autoencoder.get(key)) for key in ("source", "subfolder", "downsample")]
+    told = ("source", "subfolder", "downsample", "temporal_downsample")
+    given = [(key, cfg.autoencoder.get(key)) for key in told]
     words = [f"autoencoder.{key}={value}" for key, value in given if value is not None]
     return " ".join([f"autoencoder={option}", *words])
 

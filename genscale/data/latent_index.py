@@ -18,6 +18,7 @@ from genscale.io.files import atomic_write, write_json
 INDEX = "index.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _FORMAT = 1
+_OF_CLIPS = ("num_frames", "frame_rate", "clips_per_video", "clip_seed", "captions")
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,17 @@ class CachePlan:
         channels: their channels.
         class_names: one name a class; empty for an unlabelled set.
         autoencoder: its settings and, as ``encoder``, the digest of its encoder's weights.
-        shape: of one picture's moments, ``(2C, h, w)``.
+        shape: of one picture's moments, ``(2C, h, w)``, of a clip's ``(2C, t, h, w)``; C channels
+            where means alone are kept.
         flip: moments of the mirrored picture are kept too.
         dtype: ``float16``, ``bfloat16`` or ``float32``.
         shard_size: pictures a shard.
         tf32: matrix products were allowed 10-bit mantissas on CUDA.
+        num_frames: frames of a clip; 0 for pictures.
+        frame_rate: frames a second that samples of such clips are made for; 0 for pictures.
+        clips_per_video: rows of the cache for each row of the data.
+        clip_seed: of the keys that chose all clips of a video but its first.
+        captions: SHA-256 of the captions kept beside the shards, or None.
     """
 
     data: str
@@ -46,16 +53,28 @@ class CachePlan:
     channels: int
     class_names: tuple[str, ...]
     autoencoder: dict[str, Any]
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     flip: bool
     dtype: str
     shard_size: int
     tf32: bool
+    num_frames: int = 0
+    frame_rate: float = 0.0
+    clips_per_video: int = 1
+    clip_seed: int = 0
+    captions: str | None = None
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over all of it; every shard carries it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()
+
+    def content(self) -> dict[str, Any]:
+        """Return all of it by name; what only clips have is left out for pictures."""
+        whole = asdict(self)
+        return {
+            name: value for name, value in whole.items() if self.num_frames or name not in _OF_CLIPS
+        }
 
     @property
     def num_shards(self) -> int:
@@ -69,7 +88,7 @@ class CachePlan:
 
     def difference(self, other: CachePlan) -> str | None:
         """Return how another plan differs, in words: ``dtype=float16, not float32``."""
-        ours, theirs = _flat(asdict(self)), _flat(asdict(other))
+        ours, theirs = _flat(self.content()), _flat(other.content())
         for name in (*ours, *theirs):
             mine, its = ours.get(name), theirs.get(name)
             if mine != its:
@@ -125,7 +144,7 @@ class CacheIndex:
             "format": _FORMAT,
             "plan_sha256": self.plan.digest,
             "num_classes": len(self.plan.class_names),
-            **asdict(self.plan),
+            **self.plan.content(),
             "source": self.source,
             "shards": [asdict(record) for record in self.shards],
         }
@@ -148,7 +167,12 @@ def read_index(folder: Path) -> CacheIndex | None:
                 f"{file} has format {content['format']}, and this version reads {_FORMAT}. "
                 "Make the cache again."
             )
-        fields = {name: content[name] for name in CachePlan.__dataclass_fields__}
+        of_clips = _OF_CLIPS if content.get("num_frames") else ()
+        fields = {
+            name: content[name]
+            for name in CachePlan.__dataclass_fields__
+            if name not in _OF_CLIPS or name in of_clips
+        }
         for name in ("class_names", "shape"):
             fields[name] = tuple(fields[name])
         plan = CachePlan(**fields)
@@ -182,7 +206,7 @@ def write_shard(
         plan: its plan.
         number: of the shard, from 0.
         tensors: ``moments`` ``(n, 2C, h, w)``, and where the plan has them ``mirrored`` of that
-            shape and ``labels`` int64 ``(n,)``.
+            shape, ``labels`` int64 ``(n,)`` and, of clips, ``frame_rate`` float32 ``(n,)``.
     """
     from safetensors.torch import save
 
@@ -240,6 +264,8 @@ def _open(path: Path, plan: CachePlan, number: int) -> tuple[dict[str, Tensor], 
         expected["mirrored"] = moments
     if plan.class_names:
         expected["labels"] = ((count,), torch.int64)
+    if plan.num_frames:
+        expected["frame_rate"] = ((count,), torch.float32)
     found = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
     if found != expected:
         raise _damaged(path, f"it holds {found}, and {expected} was expected")

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from genscale.assembly import build
 from genscale.autoencoders.base import Autoencoder, Variational
 from genscale.data.base import ImageDataset, row_numbers
+from genscale.data.kept_clips import KeptCaptions, read_captions_kept
 from genscale.data.latent_index import (
     INDEX,
     CacheIndex,
@@ -71,6 +72,8 @@ class Latents(ImageDataset):
         self.name = name or self.plan.data
         self.channels = self.plan.channels
         self.resolution = self.plan.resolution
+        self.num_frames = self.plan.num_frames
+        self.usual_frame_rate = self.plan.frame_rate
         self.class_names = self.plan.class_names
         self.num_classes = len(self.class_names)
         _verify(self.root, self._index, verify)
@@ -82,6 +85,10 @@ class Latents(ImageDataset):
             shards = range(self.plan.num_shards)
             parts = [map_shard(self.root, self.plan, i)["labels"] for i in shards]
             self._labels = torch.cat(parts)
+        self.kept_captions: KeptCaptions | None = None
+        if self.plan.captions is not None:
+            self.kept_captions = read_captions_kept(self.root, self.plan.captions)
+            self.captions = self.kept_captions.captions
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -94,6 +101,18 @@ class Latents(ImageDataset):
     def labels(self) -> Tensor | None:
         """Class ids ``(n,)`` int64, or None."""
         return None if self._labels is None else self._labels[self._rows]
+
+    def frame_rate(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """Return the frames a second of some rows' clips: float32 ``(len(indices),)``."""
+        rows = self._rows[row_numbers(indices, len(self))].tolist()
+        size = self.plan.shard_size
+        rates = [self._shard(row // size)["frame_rate"][row % size] for row in rows]
+        return torch.stack(rates) if rates else torch.empty(0)
+
+    def caption(self, index: int, *, mirrored: bool) -> str | None:
+        """Return the caption of a row, mirrored or not; None where none are kept."""
+        kept = self.kept_captions
+        return None if kept is None else kept.of(int(self._rows[index]), mirrored=mirrored)
 
     def moments(self, indices: Tensor | Sequence[int], mirrored: Tensor | None = None) -> Tensor:
         """Return the moments of some rows: ``(len(indices), 2C, h, w)`` in the cache's dtype.
@@ -128,13 +147,14 @@ class Latents(ImageDataset):
         return torch.empty(0, *self.plan.shape) if result is None else result
 
     def images(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """Return the pictures that the latents of some rows were made of.
+        """Return the pictures that the latents of some rows were made of; the fixed clip of videos.
 
         Raises:
             IndexError: if a row does not exist.
             DataError: the pictures are not where they were; see :meth:`source`.
         """
-        return self.source().train.images(self._rows[row_numbers(indices, len(self))])
+        rows = self._rows[row_numbers(indices, len(self))] // self.plan.clips_per_video
+        return self.source().train.images(rows)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over the plan, all shards' digests and the rows."""
@@ -150,6 +170,8 @@ class Latents(ImageDataset):
         part = copy.copy(self)
         part._rows = self._rows[row_numbers(rows, len(self))]
         part._mapped = {}
+        if self.captions is not None:
+            part.captions = [self.captions[row] for row in row_numbers(rows, len(self)).tolist()]
         return part
 
     def source(self) -> ImageDataModule:
@@ -194,10 +216,10 @@ class Latents(ImageDataset):
                 f"{type(autoencoder).__name__}, which has none. {advice}"
             ]
         for name, value in autoencoder.settings().items():
-            if made[name] != value:
+            if made.get(name) != value:
                 return [
                     f"The latents in data.root={self.root} were made with autoencoder.{name}="
-                    f"{made[name]}, but {value} was given. {advice}"
+                    f"{made.get(name)}, but {value} was given. {advice}"
                 ]
         digest = autoencoder.encoder_digest()
         if digest is not None and digest != made["encoder"]:
@@ -301,37 +323,55 @@ class LatentDataModule(ImageDataModule):
             name=name,
         )
 
+    @property
+    def frame_rate(self) -> float:
+        """Frames a second that samples of clips are made for."""
+        return self.train.usual_frame_rate
+
     def samples(self) -> Dataset[dict[str, Any]]:
-        """Return what reads batches of ``moments``, ``label`` and ``position``."""
-        return _Moments(self.train, self.seed, self.flip)
+        """Return what reads batches of ``moments``, ``label`` and ``position``.
+
+        Of clips there is ``frame_rate``, too, and with captions ``caption``.
+        """
+        return _Moments(self.train, self.seed, self.flip, self.with_captions)
 
     def pictures(self) -> ImageDataModule:
         """Return the module of the pictures that were encoded; see :meth:`Latents.source`."""
         return self.train.source()
 
 
-class _Moments(Dataset[dict[str, Tensor]]):
+class _Moments(Dataset[dict[str, Any]]):
     """Turns (position, row) pairs into a batch of moments."""
 
-    def __init__(self, latents: Latents, seed: int, flip: bool) -> None:
+    def __init__(self, latents: Latents, seed: int, flip: bool, with_captions: bool) -> None:
         self._latents = latents
         self._labels = latents.labels
         self._seed = seed
         self._flip = flip
+        self._with_captions = with_captions and latents.captions is not None
 
     def __len__(self) -> int:
         return len(self._latents)
 
-    def __getitem__(self, pair: tuple[int, int]) -> dict[str, Tensor]:
+    def __getitem__(self, pair: tuple[int, int]) -> dict[str, Any]:
         return {name: value[0] for name, value in self.__getitems__([pair]).items()}
 
-    def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
         position, rows = torch.tensor(pairs, dtype=torch.int64).unbind(1)
         which = mirrored(self._seed, position) if self._flip else None
         labels = self._labels
         label = torch.full_like(rows, UNLABELLED) if labels is None else labels[rows]
         moments = self._latents.moments(rows, which)
-        return {"moments": moments, "label": label, "position": position}
+        batch: dict[str, Any] = {"moments": moments, "label": label, "position": position}
+        if self._latents.num_frames:
+            batch["frame_rate"] = self._latents.frame_rate(rows)
+        if self._with_captions:
+            turned = [False] * len(rows) if which is None else which.tolist()
+            batch["caption"] = [
+                self._latents.caption(row, mirrored=side)
+                for row, side in zip(rows.tolist(), turned, strict=True)
+            ]
+        return batch
 
 
 def latents_module(
@@ -347,6 +387,7 @@ def latents_module(
     batch_size: int,
     seed: int,
     limit: int | None = None,
+    num_frames: int | None = None,
 ) -> LatentDataModule:
     """Build the data module of ``data=latents``; the arguments are the keys of its YAML.
 
@@ -362,6 +403,7 @@ def latents_module(
         batch_size: samples of one optimizer step.
         seed: the run's seed.
         limit: train on so many rows only.
+        num_frames: of the clips; checked against the cache, None takes it.
 
     Raises:
         ConfigError: ``root`` is not set, or a size is not the cache's.
@@ -374,7 +416,8 @@ def latents_module(
             f"Give data.root=/path/to/cache; make one with: {_MAKE}"
         )
     latents = Latents(root, verify=verify, name=name)
-    for what, stated in (("resolution", resolution), ("channels", channels)):
+    stated_sizes = (("resolution", resolution), ("channels", channels), ("num_frames", num_frames))
+    for what, stated in stated_sizes:
         if stated is not None and stated != getattr(latents, what):
             raise ConfigError(
                 f"data.{what}={stated}, but the latents in {root} were made of pictures with "
