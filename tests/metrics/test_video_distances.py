@@ -18,8 +18,15 @@ from genscale.metrics.features import check_samples, extract
 from genscale.metrics.frechet import compare_features
 from genscale.metrics.holders import build_holders, feed
 from genscale.metrics.kid import kernel_distance_full, polynomial_kernel
+from genscale.metrics.lite import (
+    ReferenceScale,
+    check_least,
+    mean_and_deviation,
+    random_filters,
+)
 from genscale.metrics.moments import Moments
 from genscale.metrics.network_reference import reference_from_images
+from genscale.metrics.picture_lite import PictureLite
 from genscale.metrics.pixels import Pixels
 from genscale.metrics.probe import Probe
 from genscale.metrics.protocol import EvalProtocol, require_comparable
@@ -177,8 +184,9 @@ def test_frames_alone_do_not_see_time_but_their_differences_do(
 def test_clip_lites_numbers_are_scaled_by_the_reference(fitted: ClipLite, real: Tensor) -> None:
     values = fitted(real)["clip"]
     assert values.shape == (300, fitted.num_features)
-    torch.testing.assert_close(values.mean(0), torch.zeros(fitted.num_features), atol=1e-3, rtol=0)
-    spread = values.std(0, correction=0)
+    scaled = values.double().sinh()
+    torch.testing.assert_close(scaled.mean(0), 0 * scaled[0], atol=1e-3, rtol=0)
+    spread = scaled.std(0, correction=0)
     assert bool(((spread - 1).abs() < 1e-3).logical_or(spread < 1e-3).all())
     assert bool((spread > 0.5).float().mean() > 0.9)  # hardly any number says nothing
     # a clip's numbers do not depend on its neighbours, nor on how many are looked at at once
@@ -242,7 +250,7 @@ def test_a_network_reads_the_frames_it_says(real: Tensor) -> None:
         ClipLite(frames=1)
     with pytest.raises(ConfigError, match="size of at least 8, but size=4"):
         ClipLite(size=4)
-    with pytest.raises(ConfigError, match="has not seen real clips"):
+    with pytest.raises(ConfigError, match="has not seen real samples"):
         ClipLite()(real)
 
 
@@ -453,3 +461,51 @@ def test_clip_networks_say_what_they_are() -> None:
     assert ClipLite.whole_clips
     assert not ClipLite.per_frame
     assert FrameFeatures.per_frame
+
+
+def test_picture_lite_sees_what_is_wrong_with_single_frames(real: Tensor, heldout: Tensor) -> None:
+    network = FrameFeatures(PictureLite(channels=8), frames=2)
+    network.fit(real, None, "squares")
+    metric = FeatureMetrics(network, ["fd"], reference=reference_from_images(network, real))
+
+    def distance(clips: Tensor) -> float:
+        metric.reset()
+        metric.update(clips)
+        return metric.compute()["fd"]
+
+    good, bad = distance(heldout), _distorted(heldout)
+    for name in ("blurred", "noisy", "fading", "one clip"):
+        assert distance(bad[name]) > 2 * good, name
+    for name in ("shuffled", "half as fast"):
+        assert distance(bad[name]) == pytest.approx(good, rel=0.5), name
+    # two kinds of pictures of one data set have scales of their own
+    changes = FrameFeatures(PictureLite(channels=8), of="differences")
+    changes.fit(real, None, "squares")
+    assert changes.sha256 != network.sha256
+    pictures = PictureLite(channels=8, size=8)
+    pictures.fit(real[:, :, 0], None, "squares")
+    again = pictures.sha256
+    pictures.fit(real[:, :, 0], None, "squares")
+    assert pictures.sha256 == again
+    assert pictures(real[:4, :1, 0])["picture"].shape == (4, pictures.num_features)
+    assert pictures.settings["size"] == 8
+    with pytest.raises(ConfigError, match="'picture_lite' needs channels of at least 2"):
+        PictureLite(channels=1)
+
+
+def test_scales_follow_the_reference_and_tame_outliers() -> None:
+    scale = ReferenceScale(3, "lite")
+    values = torch.tensor([[0.0, 5.0, 7.0], [2.0, 5.0, 9.0]])
+    scale.fit(values, "data", {"a": 1})
+    expected = torch.asinh(torch.tensor([[-1.0, 0, -1], [1, 0, 1], [99, 2, 0]]))
+    # the second number does not vary, and stays on its own scale
+    torch.testing.assert_close(scale(torch.cat((values, torch.tensor([[100.0, 7, 8]])))), expected)
+    assert scale.is_fitted("data", {"a": 1})
+    assert not scale.is_fitted("data", {"a": 2})
+    assert not scale.is_fitted("other", {"a": 1})
+    filters = random_filters((400, 3, 3, 3), 0, seed=1)
+    assert float(filters.var()) == pytest.approx(2 / 27, rel=0.05)
+    mean, deviation = mean_and_deviation(torch.tensor([[[1.0, 3.0], [2.0, 2.0]]]))
+    assert (mean.tolist(), deviation.tolist()) == ([[2.0, 2.0]], [[1.0, 0.0]])
+    with pytest.raises(ConfigError, match="'lite' needs size of at least 8, but size=4"):
+        check_least("lite", {"size": 4}, {"size": 8})

@@ -6,24 +6,23 @@ They make FVD and KVD possible where no network is at hand. Such a distance is c
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genscale.errors import ConfigError
-from genscale.metrics.features import extract
+from genscale.metrics.lite import (
+    ReferenceScale,
+    check_least,
+    mean_and_deviation,
+    random_filters,
+)
 from genscale.metrics.subsets import keyed_rows
 from genscale.metrics.video.clips import ClipNetwork
-from genscale.rng import Purpose, key, normal
 
 _LAGS = (1, 2, 4)  # frames between which changes are measured
 _GRID = 4  # changes and colours are also told apart by their place, on a grid of this side
-_SMALLEST = 1e-4  # a feature that varies less than this over the reference is left as it is
 _RECIPE = "clip_lite_1"  # changes when equal settings give other numbers
 
 
@@ -35,8 +34,8 @@ class ClipLite(ClipNetwork):
     its mean and standard deviation over the clip. Beside them stand means and deviations of the
     colours, colours on a 4 x 4 grid, strengths of change at lags of 1, 2 and 4 frames with
     their unsteadiness over time, change on the grid, and its sharpness (the mean square over the
-    squared mean). Every number is shifted and scaled to mean 0 and variance 1 over the reference's
-    clips.
+    squared mean). All are scaled by the reference's clips, see
+    :class:`~genscale.metrics.lite.ReferenceScale`.
 
     What it can say: whether one data set's models get colours, sharpness, number and place of
     things, amount, smoothness and steadiness of motion right; frozen, shuffled, flickering,
@@ -61,8 +60,6 @@ class ClipLite(ClipNetwork):
     """
 
     tap = "clip"
-    mean: Tensor
-    scale: Tensor
     first: Tensor
     second: Tensor
 
@@ -71,7 +68,7 @@ class ClipLite(ClipNetwork):
         *,
         size: int = 32,
         channels: int = 16,
-        max_clips: int = 2000,
+        max_clips: int = 500,
         frames: int | None = None,
         stride: int = 1,
         seed: int = 0,
@@ -79,19 +76,14 @@ class ClipLite(ClipNetwork):
         name: str = "clip_lite",
     ) -> None:
         super().__init__(name, frames, stride)
-        smallest = {"size": 8, "channels": 2, "max_clips": 2, "clips_a_pass": 1}
         given = {
             "size": size,
             "channels": channels,
             "max_clips": max_clips,
             "clips_a_pass": clips_a_pass,
         }
-        for setting, least in smallest.items():
-            if given[setting] < least:
-                raise ConfigError(
-                    f"'{name}' needs {setting} of at least {least}, but {setting}="
-                    f"{given[setting]} was given. Give a larger number."
-                )
+        least = {"size": 8, "channels": 2, "max_clips": 2, "clips_a_pass": 1}
+        check_least(name, given, least)
         self.size = size
         self.channels = channels
         self.max_clips = max_clips
@@ -104,9 +96,7 @@ class ClipLite(ClipNetwork):
         first, second = _filters(channels, seed)
         self.register_buffer("first", first, persistent=False)
         self.register_buffer("second", second, persistent=False)
-        self.register_buffer("mean", torch.zeros(self.num_features), persistent=False)
-        self.register_buffer("scale", torch.ones(self.num_features), persistent=False)
-        self._sha256 = ""
+        self.scale = ReferenceScale(self.num_features, name)
 
     @property
     def description(self) -> str:
@@ -129,16 +119,11 @@ class ClipLite(ClipNetwork):
     @property
     def sha256(self) -> str:
         """Digest of the data's fingerprint and the settings."""
-        self.prepare()
-        return self._sha256
+        return self.scale.digest
 
     def prepare(self) -> None:
         """Raise a ``ConfigError`` unless real clips have been seen."""
-        if not self._sha256:
-            raise ConfigError(
-                f"The feature network '{self.name}' has not seen real clips, which its numbers are "
-                "scaled by. Call fit(clips, None, fingerprint) first, or give a reference of clips."
-            )
+        self.scale.check()
 
     @torch.no_grad()
     def fit(self, images: Tensor, labels: Tensor | None, fingerprint: str) -> None:
@@ -149,26 +134,21 @@ class ClipLite(ClipNetwork):
             labels: not read.
             fingerprint: digest of the data.
         """
-        recipe = json.dumps({"data": fingerprint, **self.settings}, sort_keys=True)
-        digest = hashlib.sha256(recipe.encode()).hexdigest()
-        if digest == self._sha256:
+        if self.scale.is_fitted(fingerprint, self.settings):
             return
-        self._sha256 = digest
-        rows = keyed_rows(len(images), self.max_clips, self.seed)
-        self.mean.zero_()
-        self.scale.fill_(1.0)
-        values = extract(self, images[rows.to(images.device)], ("clip",))["clip"].double()
-        deviation = values.std(dim=0, correction=0)
-        self.mean.copy_(values.mean(dim=0))
-        self.scale.copy_(torch.where(deviation > _SMALLEST, deviation, 1.0))
+        rows = keyed_rows(len(images), self.max_clips, self.seed).to(images.device)
+        self.scale.fit(self._raw(images[rows]), fingerprint, self.settings)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``clip`` ``(B, num_features)`` float32 of clips ``(B, 1 or 3, T, H, W)``."""
-        self.prepare()
-        with torch.autocast(images.device.type, enabled=False):
-            raw = [self._look(part) for part in self.window(images).split(self.clips_a_pass)]
-            return {"clip": (torch.cat(raw) - self.mean) / self.scale}
+        return {"clip": self.scale(self._raw(images))}
+
+    def _raw(self, clips: Tensor) -> Tensor:
+        """Return the numbers as they are, ``(B, num_features)``."""
+        clips = self.window(clips).to(self.first.device)
+        with torch.autocast(clips.device.type, enabled=False):
+            return torch.cat([self._look(part) for part in clips.split(self.clips_a_pass)])
 
     def _look(self, clips: Tensor) -> Tensor:
         values = clips.to(self.first) / 255.0
@@ -180,16 +160,12 @@ class ClipLite(ClipNetwork):
 
 
 def _filters(channels: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw both layers of unit-variance filters; none answers to an even grey that stays."""
-    first = normal(key(seed, 0, Purpose.NETWORK), (channels, 3, 3, 3, 3), dtype=torch.float64)
+    """Draw both layers; half of the first one's filters see change over time alone."""
+    first = random_filters((channels, 3, 3, 3, 3), 0, seed)
     first = first - first.mean(dim=(1, 2, 3, 4), keepdim=True)
     moving = first[: channels // 2]
     first[: channels // 2] = moving - moving.mean(dim=2, keepdim=True)
-    shape = (2 * channels, channels, 3, 3, 3)
-    second = normal(key(seed, 1, Purpose.NETWORK), shape, dtype=torch.float64)
-    return tuple(  # type: ignore[return-value]
-        (each * math.sqrt(2.0 / each[0].numel()) / each.std()).float() for each in (first, second)
-    )
+    return first.float(), random_filters((2 * channels, channels, 3, 3, 3), 1, seed).float()
 
 
 def _responses(values: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -197,18 +173,13 @@ def _responses(values: Tensor, first: Tensor, second: Tensor) -> Tensor:
     padded = F.pad(values, (1, 1, 1, 1, 1, 1), mode="replicate")  # the clip's edge is no change
     maps = F.relu(F.conv3d(padded, first, stride=(1, 2, 2)))
     deeper = F.relu(F.conv3d(F.pad(maps, (1,) * 6, mode="replicate"), second, stride=2))
-    told = []
-    for each in (maps, deeper):
-        flat = each.flatten(2)
-        told += [flat.mean(dim=2), flat.std(dim=2, correction=0)]
-    return torch.cat(told, dim=1)
+    return torch.cat((*mean_and_deviation(maps), *mean_and_deviation(deeper)), dim=1)
 
 
 def _statistics(values: Tensor) -> Tensor:
     """Return statistics of colour and change of clips ``(B, 3, T, h, w)`` in [0, 1]."""
-    flat = values.flatten(2)
     grid = F.adaptive_avg_pool2d(values.mean(dim=2), _GRID).flatten(1)
-    told = [flat.mean(dim=2), flat.std(dim=2, correction=0), grid]
+    told = [*mean_and_deviation(values), grid]
     change = values.new_zeros(0)
     for lag in reversed(_LAGS):
         lag = min(lag, values.shape[2] - 1)

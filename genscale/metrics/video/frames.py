@@ -98,10 +98,7 @@ class FrameFeatures(FeatureNetwork):
         return images
 
     def fit(self, images: Tensor, labels: Tensor | None, fingerprint: str) -> None:
-        """Let the network learn from the pictures of real clips, each labelled as its clip."""
-        if not self.learns_from_labels:
-            self.network.fit(images[:, :, 0], labels, fingerprint)
-            return
+        """Let the network learn from what it looks at of real clips, each labelled as its clip."""
         pictures = self.pictures(images)
         repeated = None if labels is None else labels.repeat_interleave(pictures.shape[2])
         flat = pictures.transpose(1, 2).flatten(0, 1)
