@@ -123,6 +123,16 @@ class ThresholdedView(Denoiser):
             raise AttributeError(name)
         return getattr(self.view, name)
 
+    def begin(self, batch: int, shape: tuple[int, ...]) -> Any:
+        """Return the memory of videos that begin, as the view has it."""
+        return self.view.begin(batch, shape)
+
+    def refresh(
+        self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
+    ) -> Prediction:
+        """Let the view read finished frames."""
+        return self.view.refresh(x, level, cond, memory)
+
     def __call__(
         self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
     ) -> Prediction:

@@ -23,6 +23,10 @@ class MatchedView(Denoiser):
         self.sample_shape = view.sample_shape
         self.device = view.device
 
+    def begin(self, batch: int, shape: tuple[int, ...]) -> Any:
+        """Return the memory of videos that begin, as the view has it."""
+        return self.view.begin(batch, shape)
+
     def __call__(
         self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
     ) -> Prediction:

@@ -82,6 +82,19 @@ class Differentiable(Denoiser):
         self.through, self.remember = through, remember
         self.process, self.sample_shape, self.device = view.process, view.sample_shape, view.device
 
+    def begin(self, batch: int, shape: tuple[int, ...]) -> Any:
+        """Return the memory of videos that begin, as the view has it."""
+        return self.view.begin(batch, shape)
+
+    def refresh(
+        self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
+    ) -> Prediction:
+        """Let the view read finished frames; the way back leads through it, or does not."""
+        if self.through:
+            return self.view.refresh(x, level, cond, memory)
+        with torch.no_grad():
+            return self.view.refresh(x.detach(), level, cond, memory)
+
     def __call__(
         self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
     ) -> Prediction:

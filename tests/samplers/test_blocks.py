@@ -13,12 +13,14 @@ from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
 from genscale.guidance.apg import ProjectedGuidance
 from genscale.guidance.cfg import ClassifierFree
+from genscale.guidance.dynamic_threshold import ThresholdedView
 from genscale.objectives.paths import TrigonometricVP
 from genscale.samplers.base import State
 from genscale.samplers.block_schedule import BlockPlan, BlockStep, block_plan
 from genscale.samplers.blocks import Blocks
 from genscale.samplers.ode import Euler
 from genscale.samplers.sde import DDIM, ddim_law
+from genscale.search.gradient import Differentiable
 from tests.samplers.causal import Causal
 
 FRAMES, BLOCK, STEPS, COUNT = 6, 2, 3, 4
@@ -305,6 +307,17 @@ class TestGuidance:
         apart = Apart(FRAMES, BLOCK)
         expected = end(sampler, apart, begin(sampler, apart))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+    def test_what_is_around_a_guided_view_hands_its_reading_on(self, model: Causal) -> None:
+        sampler, guidance = blocks(), ClassifierFree(2.0, interval=[0.2, 0.8])
+        plain, around = guidance.wrap(model), Differentiable(guidance.wrap(model))
+        expected = end(sampler, plain, begin(sampler, plain))
+        assert torch.equal(end(sampler, around, begin(sampler, around)), expected)
+        bounded = ThresholdedView(guidance.wrap(model), 1.0)
+        calls = len(model.calls)
+        end(sampler, bounded, begin(sampler, bounded))
+        # a refresh reads in both branches: one call of twice the rows
+        assert [rows for rows, _, _ in model.calls[calls:]].count(2 * COUNT) >= 2
 
     def test_evaluations_of_both_branches_are_counted(self, model: Causal) -> None:
         sampler = blocks()
