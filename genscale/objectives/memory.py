@@ -3,6 +3,8 @@
 A memory is None, a tensor, or a dict, list or tuple of memories. It must follow its particle when
 particles are selected, joined, or advanced apart from the others.
 
+Networks that condition themselves on what they computed last remember ``{"latents", "known"}``.
+
 An entry named :data:`STEP_CACHE` may be forgotten: rows of zeros remember nothing, and its
 ``evaluations`` ``(B,)`` say how many network evaluations a particle can look back on.
 """
@@ -119,6 +121,24 @@ def forget_rows(memory: Any, index: Tensor) -> Any:
     if isinstance(memory, list | tuple):
         return type(memory)(forget_rows(item, index) for item in memory)
     return memory
+
+
+def with_latest(memory: Any, later: Any, index: Tensor) -> Any:
+    """Return ``memory`` with the latents of a later evaluation, where a network remembers latents.
+
+    A step that evaluates twice commits the memory of the first evaluation: what counts steps, or
+    lives by them, must not see the second. Latents are what the network computed last.
+
+    Args:
+        memory: of all particles, after the first evaluation.
+        later: of the particles ``index``, after the second.
+        index: int64 on the CPU.
+    """
+    if not isinstance(memory, dict) or not isinstance(later, dict):
+        return memory
+    if memory.keys() == later.keys() == {"latents", "known"}:
+        return put_rows(memory, index, later)
+    return {name: with_latest(item, later.get(name), index) for name, item in memory.items()}
 
 
 def _forgotten(memory: Any, count: int) -> Any:

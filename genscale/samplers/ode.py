@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
-from genscale.objectives.base import Denoiser, Level, on
+from genscale.objectives.base import Denoiser, Level, Prediction, on
+from genscale.objectives.memory import with_latest
 from genscale.objectives.schedule import NoiseProcess
 from genscale.samplers.base import State
 from genscale.samplers.churn import ChurnSampler
@@ -42,6 +45,15 @@ class _TwoStage(ChurnSampler):
         """Network evaluations from step i to step j: 2 a step, 1 for the last of all."""
         self._check_range(i, j)
         return 2 * (j - i) - int(i < j == self.num_steps)
+
+    def _advance(self, model: Denoiser, state: State, noise: Tensor | None) -> State:
+        watched = _Watched(model)
+        after = super()._advance(watched, state, noise)
+        if watched.memory is None:
+            return after
+        _, then = self._between(state)
+        index = (then.sigma > 0).expand(len(state)).nonzero()[:, 0]
+        return after.replace(memory=with_latest(after.memory, watched.memory, index))
 
     @abstractmethod
     def _second(self, process: NoiseProcess, now: Level, then: Level) -> tuple[Level, float]:
@@ -79,6 +91,22 @@ class _TwoStage(ChurnSampler):
         part_b = weight * scale_then * (then.sigma / scale_then - now.sigma / scale_now)
         x = x + on(part_a, x) * (end.clean - clean) + on(part_b, x) * (end.noise - eps)
         return x, end.cost
+
+
+class _Watched(Denoiser):
+    """A view, and what the network handed back at its latest call."""
+
+    def __init__(self, view: Denoiser) -> None:
+        self.view = view
+        self.memory: Any = None
+        self.process, self.sample_shape, self.device = view.process, view.sample_shape, view.device
+
+    def __call__(
+        self, x: Tensor, level: Level, cond: Conditioning, memory: Any = None
+    ) -> Prediction:
+        prediction = self.view(x, level, cond, memory)
+        self.memory = prediction.memory
+        return prediction
 
 
 class Heun(_TwoStage):
