@@ -46,6 +46,11 @@ THROUGH = {
         *("ComputeLayer", "LocalLayer", "start_numbers"),
         *("frames_and_sides", "check_latents", "check_clip"),
     ),
+    "CausalVideo": (
+        *("Attend", "Whole", "Continued", "VideoAttention", "TextAttention", "project_text"),
+        *("CausalVideoHead", "FrameTime", "whole_rotation"),
+    ),
+    "commit_frames": ("bank_frames",),
     "D2D": ("Asked", "Detections"),
     "SceneSoft": ("SoftHandle",),
     "Engine": ("Ledger",),
