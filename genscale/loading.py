@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from genscale.backbones.base import Backbone
 from genscale.conditioning.text import reads_text
 from genscale.errors import CheckpointError, ConfigError
 from genscale.io.files import atomic_write
-from genscale.io.weights import assign_strictly, complete_from
+from genscale.io.weights import assign_strictly, complete_from, read_checkpoint
+from genscale.run_weights import MAIN, Origin, read_weights
+from genscale.runs import RunFolder
 from genscale.text_cache import TextCache
 
 # the parts of a run's config that sampling needs, and TEXT where the model reads text
@@ -86,32 +89,73 @@ def write_exported(model: Backbone, folder: Path, config: dict[str, Any]) -> Non
         temporary.write_text(json.dumps(kept, indent=2) + "\n")
 
 
-def load_model(
-    config: dict[str, Any],
-    state: dict[str, Tensor],
-    *,
-    device: torch.device,
-    source: Path,
-    hint: str = "",
-) -> Backbone:
-    """Build the backbone of a config around weights; it is never in memory twice.
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A model as it lies in a folder.
 
-    Args:
-        config: the run's resolved config.
+    Attributes:
+        config: the run's resolved config, or the part of it that was exported.
         state: the weights.
-        device: where they go.
-        source: the file they came from, and
+        origin: where they came from.
         hint: what to do where they do not fit, for the error.
+    """
+
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+    origin: Origin
+    hint: str = ""
+
+    def model(self, device: torch.device) -> Backbone:
+        """Build the backbone around its weights; it is never in memory twice.
+
+        Raises:
+            CheckpointError: the weights are of another model.
+        """
+        make = partial(build, self.config.get("model"), path="model")
+        with torch.device("meta"):
+            model: Backbone = make()
+        assign_strictly(model, self.state, device=device, source=self.origin.file, hint=self.hint)
+        complete_from(model, make)
+        return model
+
+
+def read_run(run: str | Path, checkpoint: str | int | Path, weights: str) -> Stored:
+    """Read a run folder.
 
     Raises:
-        CheckpointError: the weights are of another model.
+        ConfigError: no run there.
+        CheckpointError: no such checkpoint, or damaged.
     """
-    make = partial(build, config.get("model"), path="model")
-    with torch.device("meta"):
-        model: Backbone = make()
-    assign_strictly(model, state, device=device, source=source, hint=hint)
-    complete_from(model, make)
-    return model
+    folder = RunFolder.open(run)
+    state, origin = read_weights(folder, checkpoint, weights)
+    hint = "Use the config.yaml of the run that wrote it."
+    return Stored(folder.config(), state, origin, hint)
+
+
+def read_exported(
+    folder: str | Path, checkpoint: str | int | Path = "latest", weights: str = MAIN
+) -> Stored:
+    """Read an exported folder.
+
+    Args:
+        folder: written by :func:`write_exported`.
+        checkpoint: what else a run would have been asked for; there is nothing but ``latest``,
+        weights: and the averaged weights.
+
+    Raises:
+        ConfigError: something else was asked for.
+        CheckpointError: a file is missing.
+    """
+    if (checkpoint, weights) != ("latest", MAIN):
+        raise ConfigError(
+            f"run={folder} is an exported folder, which holds the last averaged weights alone, "
+            f"but checkpoint={checkpoint} and weights={weights} were given. Leave them out, or "
+            "give the run it was exported from."
+        )
+    folder = Path(folder).expanduser()
+    config = exported_config(folder)
+    file = folder / "model" / "diffusion_pytorch_model.safetensors"
+    return Stored(config, read_checkpoint(file), Origin(folder.resolve(), MAIN, None, file))
 
 
 def parts_of(config: dict[str, Any], model: Backbone | None = None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ grid shows is what the evaluation measures.
     pipeline = GenerationPipeline.from_run("outputs/latest")
     images = pipeline.generate(num_samples=8, labels=[3, 7], seed=0)   # uint8 (8, C, H, W)
 
-Of a model of clips, pictures are clips ``(8, C, T, H, W)``, and nothing else changes.
+Models of clips make clips ``(8, C, T, H, W)``.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from genscale.errors import ConfigError
 from genscale.generated import Generated
 from genscale.guidance.base import Guidance
 from genscale.io.images import to_uint8
-from genscale.io.weights import read_checkpoint
 from genscale.loading import (
     EXPORTED,
+    Stored,
     choose_device,
     exported_config,
-    load_model,
     parts_of,
+    read_exported,
+    read_run,
     write_exported,
 )
 from genscale.objectives.base import Objective
 from genscale.prompts import prompts_of_set
-from genscale.run_weights import MAIN, Origin, is_exported, read_weights
-from genscale.runs import RunFolder
+from genscale.run_weights import MAIN, Origin, is_exported
 from genscale.sample_conditions import sample_conditions
 from genscale.samplers.base import Sampler
 from genscale.samplers.grid import GridSampler
@@ -149,15 +149,7 @@ class GenerationPipeline:
             ConfigError: no run there, or a config that names foreign code.
             CheckpointError: no such checkpoint, damaged, or of another model.
         """
-        folder = RunFolder.open(run)
-        state, origin = read_weights(folder, checkpoint, weights)
-        return cls._loaded(
-            folder.config(),
-            state,
-            origin,
-            hint="Use the config.yaml of the run that wrote it.",
-            device=device,
-        )
+        return cls._loaded(read_run(run, checkpoint, weights), device)
 
     @classmethod
     def from_config(
@@ -182,15 +174,8 @@ class GenerationPipeline:
         Raises:
             ConfigError: neither is there, or an exported folder does not hold what is asked for.
         """
-        if not is_exported(run):
-            return cls.from_run(run, checkpoint=checkpoint, weights=weights, device=device)
-        if (checkpoint, weights) != ("latest", MAIN):
-            raise ConfigError(
-                f"run={run} is an exported folder, which holds the last averaged weights alone, "
-                f"but checkpoint={checkpoint} and weights={weights} were given. Leave them out, or "
-                "give the run it was exported from."
-            )
-        return cls.from_pretrained(run, device)
+        read = read_exported if is_exported(run) else read_run
+        return cls._loaded(read(run, checkpoint, weights), device)
 
     @classmethod
     def from_pretrained(
@@ -201,27 +186,14 @@ class GenerationPipeline:
         Raises:
             CheckpointError: a file is missing or belongs to another model.
         """
-        folder = Path(folder).expanduser()
-        config = exported_config(folder)
-        weights = folder / "model" / "diffusion_pytorch_model.safetensors"
-        origin = Origin(folder.resolve(), MAIN, None, weights)
-        return cls._loaded(config, read_checkpoint(weights), origin, device=device)
+        return cls._loaded(read_exported(folder), device)
 
     @classmethod
-    def _loaded(
-        cls,
-        config: dict[str, Any],
-        state: dict[str, Tensor],
-        origin: Origin,
-        *,
-        device: str | torch.device | None,
-        hint: str = "",
-    ) -> GenerationPipeline:
+    def _loaded(cls, stored: Stored, device: str | torch.device | None) -> GenerationPipeline:
         """Build a pipeline around weights."""
         device = choose_device(device)
-        model = load_model(config, state, device=device, source=origin.file, hint=hint)
-        pipeline = cls.from_config(config, model=model).to(device)
-        pipeline.origin = origin
+        pipeline = cls.from_config(stored.config, model=stored.model(device)).to(device)
+        pipeline.origin = stored.origin
         return pipeline
 
     def save_pretrained(self, folder: str | Path, config: dict[str, Any]) -> None:
@@ -507,9 +479,7 @@ class GenerationPipeline:
         sampler: Sampler | None = None,
         guidance: Guidance | None = None,
     ) -> Tensor:
-        """Return ``num_samples`` images as uint8 ``(n, C, H, W)``; see :meth:`stream`.
-
-        Clips are ``(n, C, T, H, W)``.
+        """Return ``num_samples`` images, uint8 ``(n, C, [T,] H, W)``; see :meth:`stream`.
 
         ``num_samples`` may be left out where ``prompts`` are given: then one for each.
         """

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "weak_models": ("guidance", "run_weights"),
     "text_cache": ("io",),
     "prompts": ("guidance",),
-    "loading": ("text_cache", "autoencoders", "backbones", "assembly"),
+    "loading": ("text_cache", "autoencoders", "backbones", "assembly", "run_weights"),
     "sample_conditions": ("text_cache", "backbones"),
     "generated": ("search",),
     "cascade": ("data", "io"),

@@ -46,6 +46,8 @@ class VideoAutoencoder(KL):
         ConfigError: an argument is none of those above.
     """
 
+    temporal_downsample: int  # never None: it knows clips alone
+
     def __init__(
         self,
         *,

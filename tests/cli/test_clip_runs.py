@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from genscale.cli.sample_files import CLIP_FORMATS, PICTURE_FORMATS, check_format, write_samples
+from genscale.cli.sample import shown_rate
+from genscale.cli.sample_files import (
+    CLIP_FORMATS,
+    PICTURE_FORMATS,
+    check_format,
+    known_format,
+    write_samples,
+)
+from genscale.errors import ConfigError
 from genscale.io.images import channels_first, load_npz
 from genscale.io.video import contact_sheet
 from genscale.pipeline import GenerationPipeline
@@ -115,6 +124,18 @@ class TestFormats:
         assert answer.status == 1
         assert "pictures" in answer.err
         assert "Traceback" not in answer.err
+
+
+def test_records_hold_rates_that_json_has_words_for() -> None:
+    rates = [None, 8.0, float("inf")]
+    assert [shown_rate(SimpleNamespace(frame_rate=rate)) for rate in rates] == [None, 8.0, "inf"]
+
+
+def test_formats_are_known_by_name() -> None:
+    for name in CLIP_FORMATS:
+        known_format(name)
+    with pytest.raises(ConfigError, match=r"'giff' was given. Did you mean 'gif'"):
+        known_format("giff")
 
 
 def test_pictures_are_written_as_before(tmp_path: Path) -> None:
