@@ -145,7 +145,7 @@ def test_a_closure_is_evaluated_with_gradients() -> None:
         return loss
 
     first = optimizer.step(closure)
-    assert float(optimizer.step(closure)) < float(first)
+    assert float(optimizer.step(closure).detach()) < float(first.detach())
 
 
 def _child() -> None:
