@@ -32,6 +32,26 @@ def latent_size(resolution: int | None, downsample: int) -> int | None:
     return resolution // downsample
 
 
+def latent_frames(num_frames: int | None, autoencoder: Any) -> int | None:
+    """Return the latent frames of clips: as many as frames, unless the autoencoder merges them.
+
+    None where the data have yet to tell the number of frames.
+
+    Args:
+        num_frames: of the clips.
+        autoencoder: its node.
+
+    Raises:
+        ConfigError: clips of the autoencoder cannot have so many frames.
+    """
+    from genscale.autoencoders.video_kinds import kind_of
+
+    ratio = autoencoder.get("temporal_downsample")
+    if num_frames is None or not num_frames or ratio is None:
+        return num_frames
+    return kind_of(autoencoder.kind).latent_frames(num_frames, ratio)
+
+
 def scale_sides(resolution: int | None, downsample: int) -> list[int] | None:
     """Return the sides of a tokenizer's scales: 1, 2, 4 and so on up to the side of the latents.
 
@@ -101,5 +121,5 @@ def register_resolvers() -> None:
     """Make them known to OmegaConf; may be called any number of times."""
     from omegaconf import OmegaConf
 
-    for resolver in (latent_size, scale_sides, count, frames_of, div, mul, tokenizer):
+    for resolver in (latent_size, latent_frames, scale_sides, count, frames_of, div, mul, tokenizer):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
