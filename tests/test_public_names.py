@@ -19,7 +19,7 @@ THROUGH = {
     "rms_norm": ("upcast",),
     "concat_norm_linear": ("compute_dtype",),
     "AxialRoPE": ("initial_log_frequencies",),
-    "FlowMatching": ("NetworkView", "velocity_is_reversed", "network_input", "extras_of"),
+    "FlowMatching": ("velocity_is_reversed", "network_input", "extras_of"),
     "Euler": ("euler_step", "Churn"),
     # held to k-diffusion's and EDM's numbers
     "Karras": (*("LevelSchedule", "NoiseSchedule", "VPSpaced", "check_unshifted"),),
@@ -29,6 +29,7 @@ THROUGH = {
     # the guidance of two branches: every subclass has its own tests
     "ClassifierFree": ("BranchGuidance", "Guided", "GuidedView", "MatchedView", "extrapolate"),
     "stacked": ("Stacked",),
+    "BaseSamples": ("References", "Generating"),
     "WeakModels": ("Trained",),
     "read_signature": ("Signature",),
     "main": (
