@@ -245,6 +245,7 @@ class TestTrainLog:
         class SlowPipeline:
             num_classes = 2
             text = None
+            frame_rate = None
 
             def generate(self, **settings: Any) -> Tensor:
                 now[0] += 100
@@ -379,6 +380,7 @@ class TestSampleGrid:
         class Pipeline:
             num_classes = 2
             text = None
+            frame_rate = None
 
             def generate(self, **settings: Any) -> Tensor:
                 asked.append(settings)
@@ -403,6 +405,7 @@ class TestSampleGrid:
         class Pipeline:
             num_classes = 2
             text = None
+            frame_rate = None
 
             def generate(self, **settings: Any) -> Tensor:
                 torch.rand(100)  # whatever it does to torch's own generator
