@@ -21,6 +21,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def scenes(frames: Tensor) -> Iterator[tuple[int, int]]:
     small = F.interpolate(frames.float(), size=_THUMBNAIL, mode="area")
     changes = (small[1:] - small[:-1]).abs().mean((1, 2, 3))
     cuts = [0, *((changes > CUT).nonzero().flatten() + 1).tolist(), len(frames)]
-    yield from zip(cuts, cuts[1:], strict=False)
+    yield from pairwise(cuts)
 
 
 def cut(source: Path, folder: Path, *, seconds: float, stride: float, height: int) -> int:

@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genscale.autoencoders.diffusers_folder import WEIGHTS
-from genscale.autoencoders.video_kinds import KINDS, VideoSizes, assumed, kind_of, statistics
+from genscale.autoencoders.video_kinds import (
+    KINDS,
+    VideoKind,
+    VideoSizes,
+    assumed,
+    kind_of,
+    statistics,
+)
 from genscale.autoencoders.video_kl import VideoAutoencoder
 from genscale.errors import CheckpointError, ConfigError
 from genscale.rng import key, normal
@@ -203,6 +210,7 @@ class TestSizes:
             kind_of("cogvideox").latent_frames(13, 4)
         with pytest.raises(ConfigError, match=r"have 4n frames\. Give 4\."):
             kind_of("allegro").latent_frames(3, 4)
+        assert isinstance(kind_of("wan"), VideoKind)
         with pytest.raises(ConfigError, match=r"kind='wann' is unknown\. Did you mean 'wan'"):
             kind_of("wann")
 

@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from genscale.data.clip_cutting import ClipTimes
 from genscale.data.clips import ClipDataModule
+from genscale.data.video_checks import check_videos, decode_all
 from genscale.data.video_folder import VideoFolder
 from genscale.data.video_module import video_folder_module
+from genscale.data.video_reader import PyAVReader, Unreadable
 from genscale.errors import ConfigError, DataError
 from genscale.rng import key
 from genscale.training.callbacks.replaced import ReplacedSamples
@@ -181,7 +184,7 @@ class TestShort:
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
-    """Six videos with captions, of which 1 is broken in the middle and 4 is no video."""
+    """Six videos with captions, of which one cannot be decoded from its first frame on."""
     for number in range(6):
         write_video(tmp_path / "ab"[number % 2] / f"{number}.mp4", 30, codec="libx264")
         (tmp_path / "ab"[number % 2] / f"{number}.txt").write_text(f"number {number}")
@@ -228,6 +231,38 @@ class TestDamage:
         for label, caption in zip(batch["label"].tolist(), batch["caption"], strict=True):
             assert caption != "number 1"
             assert int(caption[-1]) % 2 == label
+
+    def test_headers_do_not_show_what_decoding_does(self, broken: Path) -> None:
+        late = damage(write_video(broken / "late.mp4", 40, codec="libx264"), length=300)
+        with PyAVReader(broken / "a" / "0.mp4") as good, PyAVReader(late) as bad:
+            decode_all(good)
+            with pytest.raises(Unreadable, match=r"late\.mp4"):
+                decode_all(bad)
+        paths = ["a/0.mp4", "late.mp4"]
+        for whole, left in ((False, paths), (True, paths[:1])):
+            infos = check_videos(
+                broken,
+                paths,
+                lambda path: PyAVReader(broken / path),
+                times=ClipTimes(4),
+                whole=whole,
+                skips=True,
+            )
+            assert list(infos) == left
+
+    def test_a_resumed_run_sees_the_clips_it_would_have_seen(self, broken: Path) -> None:
+        def module(seen: int) -> ClipDataModule:
+            data = folder(broken, verify="none", damaged="skip", crop="random")
+            made = ClipDataModule(data, batch_size=4, flip=True)
+            made.load_state_dict({"samples_seen": seen, "fingerprint": data.fingerprint()})
+            return made
+
+        whole, rest = iter(module(0).train_dataloader()), iter(module(8).train_dataloader())
+        batches = [next(whole) for _ in range(4)]
+        for expected in batches[2:]:
+            resumed = next(rest)
+            assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+        assert sum(int(batch["replaced"].sum()) for batch in batches) >= 2
 
     def test_in_an_evaluation_the_next_of_its_class_takes_its_place(self, broken: Path) -> None:
         data = folder(broken, verify="none", damaged="skip")

@@ -12,12 +12,19 @@ from PIL import Image
 
 from genscale.data import video_reader
 from genscale.data.video_files import find_videos, needs_decoder, size_of
-from genscale.data.video_frames import AnimationReader, ArrayReader, FolderReader, open_frames
+from genscale.data.video_frames import (
+    AnimationReader,
+    ArrayReader,
+    FolderReader,
+    frame_files,
+    open_frames,
+)
 from genscale.data.video_reader import (
     PyAVReader,
     TorchCodecReader,
     Unreadable,
     VideoInfo,
+    VideoReader,
     decoder,
     open_video,
 )
@@ -135,6 +142,8 @@ class TestWithoutDecoder:
             Image.fromarray(grey(number)).save(tmp_path / f"f{number}.png")
         with open_video(tmp_path, assumed_rate=4.0) as reader:
             assert isinstance(reader, FolderReader)
+            assert isinstance(reader, VideoReader)
+            assert [f.name for f in frame_files(tmp_path)][1:3] == ["f1.png", "f2.png"]
             assert reader.info == VideoInfo(32, 48, 3.0, 4.0)
             assert numbers(reader.frames([0.6, 2.6])) == [2, 10]
         Image.fromarray(grey(0, 16, 16)).save(tmp_path / "f3.png")
