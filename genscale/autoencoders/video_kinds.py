@@ -9,7 +9,8 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, reload
+from types import ModuleType
 from typing import Any
 
 from genscale.errors import ConfigError, did_you_mean
@@ -82,7 +83,7 @@ class VideoKind:
         """
         try:
             module = import_module(f"diffusers.models.autoencoders.{self.module}")
-            return getattr(module, self.class_name)
+            return getattr(_on_cpu(module), self.class_name)
         except (ImportError, RuntimeError, AttributeError) as error:
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
             raise ImportError(
@@ -91,6 +92,23 @@ class VideoKind:
                 "this torch is installed: remove it (pip uninstall torchvision), or update "
                 "diffusers and transformers together."
             ) from error
+
+
+def _on_cpu(module: ModuleType) -> ModuleType:
+    """Import a module again whose own tensors were made on the meta device.
+
+    diffusers imports all its autoencoders at once, some of which keep tensors (Cosmos' wavelets);
+    where that first happens while a model is built on the meta device, they have no data.
+    """
+    import torch
+
+    values = [
+        v for table in vars(module).values() if isinstance(table, dict) for v in table.values()
+    ]
+    if any(isinstance(value, torch.Tensor) and value.is_meta for value in values):
+        with torch.device("cpu"):
+            return reload(module)
+    return module
 
 
 def _power(flags: Any) -> int:

@@ -322,6 +322,16 @@ class TestUse:
         with pytest.raises(ConfigError, match="neither float32 nor bfloat16"):
             VideoAutoencoder(decode_dtype="float16")  # type: ignore[arg-type]
 
+    def test_tensors_of_a_module_first_imported_on_the_meta_device_get_their_data(self) -> None:
+        import importlib
+
+        module = importlib.import_module("diffusers.models.autoencoders.autoencoder_kl_cosmos")
+        with torch.device("meta"):
+            module = importlib.reload(module)
+        assert all(wave.is_meta for wave in module._WAVELETS.values())
+        kind_of("cosmos").load_class()
+        assert float(module._WAVELETS["haar"][0]) == pytest.approx(0.5**0.5)
+
     def test_a_broken_installation_is_told_in_a_sentence(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

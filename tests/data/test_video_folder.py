@@ -13,6 +13,7 @@ from torch import Tensor
 
 from genscale.data.clip_cutting import ClipTimes
 from genscale.data.clips import ClipDataModule
+from genscale.data.image_folder import Paths, class_folders, held_out
 from genscale.data.video_checks import check_videos, decode_all
 from genscale.data.video_folder import VideoFolder
 from genscale.data.video_module import video_folder_module
@@ -305,6 +306,18 @@ class TestDamage:
         # the log takes the mean of 5 + 2 * own over two processes: 5 + the sum of both
         assert int(module.counts["replaced_samples"]) == 5 + 2 * 3
         assert counter.state_dict() == {"replaced": 8}
+
+
+class TestLayout:
+    def test_classes_and_sides_are_told_in_the_words_of_videos(self, tmp_path: Path) -> None:
+        (tmp_path / "a").mkdir()
+        with pytest.raises(DataError, match="holds 1 videos outside class folders"):
+            class_folders(["x.mp4", "a/y.mp4"], tmp_path, "videos")
+        paths = Paths([f"{i}.mp4" for i in range(40)])
+        heldout = held_out(paths, 0.3, "videos")
+        assert 3 < int(heldout.sum()) < 25
+        # by path alone: what else there is moves nothing
+        assert torch.equal(held_out(Paths(list(paths)[:20]), 0.3), heldout[:20])
 
 
 class TestSettings:
