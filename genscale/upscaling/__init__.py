@@ -1,0 +1,51 @@
+"""Trained upscalers of latents and pictures, and what puts them behind a pipeline.
+
+The public names are imported on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+_PUBLIC = {
+    "LUA": "genscale.upscaling.lua",
+    "Interpolation": "genscale.upscaling.interpolation",
+    "LatentUpscaler": "genscale.upscaling.latent_upscaler",
+    "SwinIR": "genscale.upscaling.swinir",
+    "Upscaler": "genscale.upscaling.base",
+    "adapt_channels": "genscale.upscaling.lua",
+    "decode": "genscale.upscaling.latent_conventions",
+    "to_vae_space": "genscale.upscaling.latent_conventions",
+    "with_latent_upscaler": "genscale.upscaling.latent_upscaler",
+}
+
+__all__ = [
+    "LUA",
+    "Interpolation",
+    "LatentUpscaler",
+    "SwinIR",
+    "Upscaler",
+    "adapt_channels",
+    "decode",
+    "to_vae_space",
+    "with_latent_upscaler",
+]
+
+if TYPE_CHECKING:
+    from genscale.upscaling.base import Upscaler
+    from genscale.upscaling.interpolation import Interpolation
+    from genscale.upscaling.latent_conventions import decode, to_vae_space
+    from genscale.upscaling.latent_upscaler import LatentUpscaler, with_latent_upscaler
+    from genscale.upscaling.lua import LUA, adapt_channels
+    from genscale.upscaling.swinir import SwinIR
+
+
+def __getattr__(name: str) -> object:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'genscale.upscaling' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
