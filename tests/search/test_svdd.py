@@ -22,6 +22,8 @@ from genscale.search.proposals import (
     judge,
     propose,
     random_steps,
+    reunited,
+    unburdened,
     ways_afforded,
 )
 from genscale.search.svdd import SVDD
@@ -54,6 +56,26 @@ class TestProposals:
         own = sampler.step_noise(engine.model, state)
         assert torch.equal(engine.advance(state, own).x, engine.advance(state).x)
         assert not torch.equal(engine.advance(state, -own).x, engine.advance(state).x)
+
+    def test_proposals_of_a_scale_leave_memory_behind_and_take_it_up_when_kept(self) -> None:
+        engine = world_of("var").engine()
+        state = engine.evaluate(engine.run(engine.start(1), 1))
+        assert unburdened(engine, state).pending is None
+        children = propose(engine, state, 2)
+        assert children.memory is None
+        rows = torch.tensor([2, 0, 1])
+        kept = reunited(engine, children.select(2 * rows), state, rows)
+        plain = engine.advance(state.select(rows))
+        torch.testing.assert_close(engine.evaluate(kept).clean, engine.evaluate(plain).clean)
+        # with a winner of every parent in order, nothing is copied
+        alone = reunited(engine, children.select(torch.tensor([0, 2, 4])), state, torch.arange(3))
+        assert alone.memory is state.pending
+
+    def test_diffusion_particles_keep_their_memory(self) -> None:
+        engine = world_of("dit-ddpm").engine()
+        state = engine.evaluate(engine.start(1))
+        assert unburdened(engine, state) is state
+        assert reunited(engine, state, state, torch.arange(3)) is state
 
     def test_scale_wise_models_draw_again_without_the_network(self) -> None:
         world = world_of("var")
