@@ -41,6 +41,7 @@ class Invertible(nn.Module):
     """
 
     def forward(self, x: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the image of ``x`` and the log-determinant, of the direction asked for."""
         raise NotImplementedError
 
     def trained(self) -> tuple[nn.Parameter, ...]:
@@ -97,8 +98,9 @@ class HaarDownsampling(Invertible):
         self.haar_weights.copy_(signs[:, None].repeat(self.channels, 1, 1, 1))
 
     def forward(self, x: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """Take squares apart, or put them together."""
         # every square's matrix has the determinant 16 / 4^4
-        log_det = x.new_tensor(x[0].numel() / 4 * math.log(16.0) * (1 if inverse else -1))
+        log_det = x.new_full((), x[0].numel() / 4 * math.log(16.0) * (1 if inverse else -1))
         if inverse:
             channel_major = x.unflatten(1, (4, self.channels)).transpose(1, 2).flatten(1, 2)
             out = F.conv_transpose2d(
@@ -136,6 +138,7 @@ class ConvDownsampling(Invertible):
             self.conv_weights[0].fill_(1.0 / self.scale**2)
 
     def forward(self, x: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """Take squares apart, or put them together."""
         s = self.scale
         log_det = torch.linalg.slogdet(self.conv_weights)[1] * (x[0].numel() / s**2)
         if inverse:
@@ -202,6 +205,7 @@ class InvBlock(Invertible):
         self.H = DenseBlock(split, channels - split, growth)
 
     def forward(self, x: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """Couple both parts, or undo it."""
         first, second = x[:, : self.split], x[:, self.split :]
         if not inverse:
             first = first + self.F(second)

@@ -183,6 +183,5 @@ def _patch_variance(x: Tensor, size: int) -> Tensor:
 def _check_choice(name: str, given: str, known: tuple[str, ...]) -> None:
     if given not in known:
         raise ConfigError(
-            f"{name} is '{given}', expected one of {', '.join(known)}."
-            f"{did_you_mean(given, known)}"
+            f"{name} is '{given}', expected one of {', '.join(known)}.{did_you_mean(given, known)}"
         )
