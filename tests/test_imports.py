@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "io": ("backbones", "autoencoders"),  # converters know both sides of a checkpoint
     "autoencoders": ("layers",),
     "metrics": ("layers", "io", "data"),  # the oracle of scenes
-    "upscaling": ("layers",),
+    "upscaling": ("layers", "io"),  # weights of other programs
     "resolution": ("backbones",),
     "data": ("io", "assembly"),  # latents build the data they were made of
     "rewards": ("data", "metrics"),
