@@ -235,7 +235,7 @@ def _is_lua(state: Mapping[str, Tensor]) -> bool:
 
 def _is_direct(model: nn.Module) -> bool:
     config: Any = model.config
-    return config.get("upsampler") == "pixelshuffledirect"
+    return bool(config.get("upsampler") == "pixelshuffledirect")
 
 
 def _official_name(name: str, *, direct: bool) -> str:
