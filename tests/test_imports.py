@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "autoencoders": ("layers",),
     "metrics": ("layers", "io", "data"),  # the oracle of scenes
     "upscaling": ("layers", "io"),  # weights of other programs
-    "resolution": ("backbones",),
+    "resolution": ("objectives",),
     "data": ("io", "assembly"),  # latents build the data they were made of
     "rewards": ("data", "metrics"),
     "search": ("samplers", "rewards"),

@@ -1,0 +1,244 @@
+"""Operators that let a trained model work at another size, and putting them on for a while."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from genscale.backbones.base import Backbone
+from genscale.errors import ConfigError, did_you_mean
+
+Sides = tuple[int, int]
+"""Height and width."""
+
+ModelCall = Callable[..., Any]
+"""A model, or what stands in its place: (x, t, ...) -> prediction."""
+
+
+class ResolutionOp:
+    """One training-free change of how a model samples at a size it was not trained on.
+
+    Every method but :meth:`prepare` has a neutral default. An operator holds for one model at a
+    time: :meth:`prepare` puts it on, :meth:`restore` takes it off.
+    """
+
+    def prepare(self, model: nn.Module, native: Sides, target: Sides, schedule: Any = None) -> None:
+        """Put the operator on a model.
+
+        What was put on before an error is taken off by :meth:`restore`, which is called then too.
+
+        Args:
+            model: the network itself.
+            native: height and width it was trained on.
+            target: height and width wanted, in the same unit.
+            schedule: whatever the caller's sampler knows of its noise levels, or None.
+
+        Raises:
+            ConfigError: the model has nothing that the operator applies to.
+        """
+
+    def pre_step(self, x: Tensor, t: Tensor | float, i: int) -> Tensor:
+        """Return the noisy sample that step ``i`` starts from; ``t`` is 1 at noise, 0 at data."""
+        return x
+
+    def wrap_model(self, fn: ModelCall) -> ModelCall:
+        """Return what is to be called in place of the model."""
+        return fn
+
+    def post_x0(self, x0: Tensor, x: Tensor, t: Tensor | float, i: int) -> Tensor:
+        """Return the estimate of the clean sample that step ``i`` goes on with."""
+        return x0
+
+    def restore(self, model: nn.Module) -> None:
+        """Leave the model as it was before :meth:`prepare`, however far that came."""
+
+
+class Patches:
+    """What was changed on modules, to be undone in reverse order."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def __len__(self) -> int:
+        return len(self._undo)
+
+    def hook(self, handle: Any) -> None:
+        """Keep the handle of a hook."""
+        self._undo.append(handle.remove)
+
+    def method(self, owner: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
+        """Shadow a method of one object; the class stays as it is."""
+        before = vars(owner).get(name)  # somebody else's replacement comes back afterwards
+
+        def undo() -> None:
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+        setattr(owner, name, replacement)
+        self._undo.append(undo)
+
+    def undo(self) -> None:
+        """Undo everything; doing so twice changes nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+
+class apply_resolution:  # a context manager that is called as a function
+    """Let a model work at another size within a ``with`` block; it is always restored.
+
+        with apply_resolution(model, "entropy", native=(32, 32), target=(64, 64)):
+            y = model(x, t, cond)
+
+    The value of the block has the four calls of :class:`ResolutionOp`, those of all operators one
+    after another, for samplers that call them.
+
+    Args:
+        model_or_pipe: a backbone, a diffusers model, or a pipeline that holds one as
+            ``backbone``, ``transformer`` or ``unet``.
+        preset: name of a preset, or the operators themselves.
+        native: height and width the model was trained on; default that of a backbone's
+            ``sample_shape``.
+        target: height and width wanted, in the same unit.
+        schedule: handed to :meth:`ResolutionOp.prepare`.
+
+    Raises:
+        ConfigError: an unknown preset, sizes that are none, a model already within such a block,
+            or one that an operator does not apply to.
+    """
+
+    def __init__(
+        self,
+        model_or_pipe: Any,
+        preset: str | Sequence[ResolutionOp] = "entropy",
+        *,
+        target: Sequence[int],
+        native: Sequence[int] | None = None,
+        schedule: Any = None,
+    ) -> None:
+        self.model = network_of(model_or_pipe)
+        if native is None:
+            if not isinstance(self.model, Backbone):
+                raise ConfigError(
+                    f"The trained size of {type(self.model).__name__} is not known and no native "
+                    "size was given. Give native=(height, width)."
+                )
+            native = self.model.sample_shape[-2:]
+        self.native, self.target = _sides("native", native), _sides("target", target)
+        self.ops = operators(preset) if isinstance(preset, str) else list(preset)
+        self.schedule = schedule
+
+    def __enter__(self) -> apply_resolution:
+        if self.model in _ADAPTED:
+            raise ConfigError(
+                f"This {type(self.model).__name__} is already within apply_resolution, whose "
+                "factors would count twice. Leave that block first, or give all operators at once."
+            )
+        _ADAPTED.add(self.model)
+        try:
+            for op in self.ops:
+                op.prepare(self.model, self.native, self.target, self.schedule)
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def pre_step(self, x: Tensor, t: Tensor | float, i: int) -> Tensor:
+        """See :meth:`ResolutionOp.pre_step`."""
+        for op in self.ops:
+            x = op.pre_step(x, t, i)
+        return x
+
+    def wrap_model(self, fn: ModelCall) -> ModelCall:
+        """See :meth:`ResolutionOp.wrap_model`; the first operator is the innermost."""
+        for op in self.ops:
+            fn = op.wrap_model(fn)
+        return fn
+
+    def post_x0(self, x0: Tensor, x: Tensor, t: Tensor | float, i: int) -> Tensor:
+        """See :meth:`ResolutionOp.post_x0`."""
+        for op in self.ops:
+            x0 = op.post_x0(x0, x, t, i)
+        return x0
+
+    def _restore(self) -> None:
+        try:
+            for op in reversed(self.ops):
+                op.restore(self.model)
+        finally:
+            _ADAPTED.discard(self.model)
+
+
+_ADAPTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def network_of(model_or_pipe: Any) -> nn.Module:
+    """Return the network of a pipeline, or the network itself.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if isinstance(model_or_pipe, nn.Module):
+        return model_or_pipe
+    for name in ("backbone", "transformer", "unet"):
+        part = getattr(model_or_pipe, name, None)
+        if isinstance(part, nn.Module):
+            return part
+    raise ConfigError(
+        "Resolution scaling needs a network or a pipeline that holds one as backbone, transformer "
+        f"or unet, but was given a {type(model_or_pipe).__name__}. Give the network."
+    )
+
+
+def operators(preset: str) -> list[ResolutionOp]:
+    """Return fresh operators of a preset.
+
+    ``none`` has none; ``entropy`` scales attention; ``ntk`` scales attention and the base of
+    rotary frequencies.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    from genscale.resolution.entropy import EntropyAttention
+    from genscale.resolution.rotary import RotaryScaling
+
+    known: dict[str, Callable[[], list[ResolutionOp]]] = {
+        "none": list,
+        "entropy": lambda: [EntropyAttention()],
+        "ntk": lambda: [EntropyAttention(), RotaryScaling("ntk")],
+    }
+    if preset not in known:
+        raise ConfigError(
+            f"resolution must be one of {', '.join(known)}, but is {preset!r}."
+            f"{did_you_mean(preset, tuple(known))}"
+        )
+    return known[preset]()
+
+
+def linear_factor(native: Sides, target: Sides) -> float:
+    """Return s = sqrt(target area / native area), above 1 for larger pictures."""
+    return math.sqrt(math.prod(target) / math.prod(native))
+
+
+def _sides(name: str, sides: Sequence[int]) -> Sides:
+    sides = tuple(sides)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ConfigError(
+            f"{name} must be a height and a width of at least 1, but is {sides}. "
+            "Give for example (64, 64)."
+        )
+    return sides[0], sides[1]
