@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genscale.errors import CheckpointError, ConfigError
 from genscale.io.converters.swin import (
@@ -22,6 +22,7 @@ from genscale.io.converters.swin import (
 from genscale.io.files import write_json
 from genscale.io.weights import assign_strictly, read_checkpoint
 from genscale.upscaling.base import Upscaler
+from genscale.upscaling.interpolation import Interpolation
 from genscale.upscaling.latent_conventions import decode, family_of, to_vae_space, vae_channels
 from genscale.upscaling.lua import LUA
 
@@ -29,6 +30,7 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _ABOUT = "latents.json"
 # files of the authors -> the latent space they are for
 _PUBLISHED = {"lua_flux.pth": "flux"}
+_KINDS: dict[str, type[Upscaler]] = {"LUA": LUA, "Interpolation": Interpolation}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FAR = 3.0  # deviations, or the ratio of deviations, from which on latents are out of range
 
@@ -132,7 +134,7 @@ class LatentUpscaler:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
         """Move the network; returns itself."""
-        self.network.to(device=device, dtype=dtype)
+        nn.Module.to(self.network, device, dtype)  # diffusers' own method warns of every cast
         return self
 
     @torch.no_grad()
@@ -319,23 +321,24 @@ def _read_folder(folder: Path) -> tuple[Upscaler, dict[str, Any]]:
     """Read what :meth:`LatentUpscaler.save_pretrained` wrote."""
     settings = _read_json(folder / "config.json")
     kind = settings.get("_class_name", "LUA")
-    if kind != "LUA":
+    if kind not in _KINDS:
         raise CheckpointError(
-            f"{folder / 'config.json'} describes {kind}, but a LUA was expected. Give the folder "
-            "of one."
+            f"{folder / 'config.json'} describes {kind}, but one of {', '.join(_KINDS)} was "
+            "expected. Give the folder of one."
         )
     about = _read_json(folder / _ABOUT) if (folder / _ABOUT).is_file() else {}
-    state = read_checkpoint(folder / _WEIGHTS)
     own = {name: value for name, value in settings.items() if name[0] != "_"}
     try:
         with torch.device("meta"):
-            network = LUA(**own)
+            network = _KINDS[kind](**own)
     except TypeError as error:
         raise CheckpointError(
-            f"{folder / 'config.json'} holds settings that LUA does not know: {error}. "
+            f"{folder / 'config.json'} holds settings that {kind} does not know: {error}. "
             "Get the folder again."
         ) from error
-    return _filled(network, state, folder / _WEIGHTS), about
+    if not network.state_dict():
+        return network, about
+    return _filled(network, read_checkpoint(folder / _WEIGHTS), folder / _WEIGHTS), about
 
 
 def _read_file(path: Path, input_size: int | None) -> Upscaler:

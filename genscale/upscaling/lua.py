@@ -137,7 +137,8 @@ def adapt_channels(model: LUA, channels: int, *, seed: int = 0) -> LUA:
         torch.default_generator.manual_seed(int(key(seed, channels)))
         new = LUA(**settings | {"channels": channels, "out_channels": None})
     reference = model.trunk.stem.weight
-    new.to(device=reference.device, dtype=reference.dtype)
+    # diffusers' own method warns of every cast
+    nn.Module.to(new, device=reference.device, dtype=reference.dtype)
     fresh = ["trunk.stem."]
     if channels != model.channels or model.config["out_channels"] not in (None, channels):
         fresh += [f"heads.{name}.last." for name in model.heads]
