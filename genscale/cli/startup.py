@@ -216,10 +216,10 @@ def adopt_data(cfg: DictConfig, datamodule: Any) -> None:
             "size": len(datamodule.train),
             "num_classes": datamodule.num_classes,
             "class_names": list(datamodule.class_names),
-            "num_frames": datamodule.num_frames,
             "fingerprint": datamodule.fingerprint(),
         }
-        if datamodule.num_frames:
+        if datamodule.num_frames:  # runs of pictures compare as before there were clips
+            cfg.data_info.num_frames = datamodule.num_frames
             cfg.data_info.frame_rate = datamodule.frame_rate
         examples = example_captions(datamodule)
         if examples is not None:

@@ -20,6 +20,7 @@ from genscale.cli.startup import (
     quiet_lightning,
 )
 from genscale.data.base import TensorImages
+from genscale.data.clips import ClipDataModule, TensorClips
 from genscale.data.module import ImageDataModule
 from genscale.errors import CheckpointError, ParallelError
 from genscale.runs import RunFolder
@@ -115,6 +116,14 @@ class TestStart:
         assert cfg.data_info.size == 6
         assert cfg.data_info.class_names == ["cat", "dog"]
         assert cfg.data_info.fingerprint == images.fingerprint()
+        assert "num_frames" not in cfg.data_info
+
+    def test_the_config_says_how_many_frames_clips_have(self) -> None:
+        clips = TensorClips(torch.zeros(4, 3, 5, 8, 8, dtype=torch.uint8), 12.0)
+        cfg = OmegaConf.create({"data": {"num_frames": None}})
+        adopt_data(cfg, ClipDataModule(clips, batch_size=2))
+        assert (cfg.data.num_frames, cfg.data_info.num_frames) == (5, 5)
+        assert cfg.data_info.frame_rate == 12.0
 
     def test_processes_and_trainer_must_agree(self, monkeypatch: pytest.MonkeyPatch) -> None:
         check_processes(SimpleNamespace(world_size=2))  # Lightning will start them

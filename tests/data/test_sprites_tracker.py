@@ -60,7 +60,7 @@ class TestTracking:
         ("count", "settings"),
         [
             (60, {}),
-            pytest.param(400, {"max_objects": 4}, marks=pytest.mark.slow),
+            pytest.param(200, {"max_objects": 4}, marks=pytest.mark.slow),
             (40, {"max_objects": 4, "frame_rates": [4, 8, 30], "num_frames": 6}),
             (6, {"num_frames": 40}),
             (16, {"resolution": 64}),
