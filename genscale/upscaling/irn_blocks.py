@@ -171,11 +171,11 @@ class DenseBlock(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw a tenth of Xavier's normal law; the last convolution is zero, and all biases."""
-        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5):
             nn.init.xavier_normal_(conv.weight, gain=0.1)
-            nn.init.zeros_(conv.bias)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
         nn.init.zeros_(self.conv5.weight)
-        nn.init.zeros_(self.conv5.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)``."""
@@ -296,7 +296,7 @@ class _Reversible(torch.autograd.Function):
         return out, log_det
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]:
         (out,) = ctx.saved_tensors
         trained = [layer.trained() for layer in ctx.layers]

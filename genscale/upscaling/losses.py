@@ -123,7 +123,8 @@ def eagle_loss(
         pairs = zip(edge_gradients(made), edge_gradients(target), strict=True)
         for own, wanted in pairs:
             maps = [_patch_variance(gradient, patch_size) for gradient in (own, wanted)]
-            weight = eagle_weight(*maps[0].shape[2:], cutoff, highpass).to(made.device)
+            rows, columns = maps[0].shape[2:]
+            weight = eagle_weight(rows, columns, cutoff, highpass).to(made.device)
             first, second = (torch.fft.fft2(variance).abs() * weight for variance in maps)
             loss = loss + (first - second).abs().mean()
         return loss
