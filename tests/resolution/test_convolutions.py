@@ -1,0 +1,119 @@
+"""Re-dilated and Fourier convolutions, and their replacement in a network step by step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genscale.errors import ConfigError
+from genscale.resolution import apply_resolution
+from genscale.resolution.dilated import (
+    ConvReplacement,
+    DilatedConvs,
+    dilated_conv,
+    dilation_at,
+    matching_convs,
+    noise_damped,
+    redilated_conv,
+)
+from genscale.resolution.fourier import (
+    FourierConvs,
+    filtered,
+    fourier_conv,
+    fourier_dilation_at,
+    fourier_mask,
+)
+
+
+def sample(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_whole_dilations_are_plain_dilated_convolutions() -> None:
+    x, conv = sample(1, 2, 8, 8), nn.Conv2d(2, 3, 3, padding=1)
+    torch.testing.assert_close(redilated_conv(x, conv, 1.0), conv(x))
+    expected = F.conv2d(x, conv.weight, conv.bias, padding=2, dilation=2)
+    torch.testing.assert_close(redilated_conv(x, conv, 2.0), expected)
+    torch.testing.assert_close(dilated_conv(x, conv, 2), expected)
+    # on a picture in which every cell is repeated it sees what the plain one sees in the original
+    large = x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    torch.testing.assert_close(redilated_conv(large, conv, 2.0)[..., ::2, ::2], conv(x))
+
+
+def test_any_dilation_and_stride_keeps_the_size_of_the_output() -> None:
+    for stride in (1, 2):
+        conv = nn.Conv2d(2, 3, 3, stride, padding=1)
+        for dilation in (1.5, 2.3, 4.0):
+            assert redilated_conv(sample(1, 2, 12, 18), conv, dilation).shape == (
+                *(1, 3),
+                *(12 // stride, 18 // stride),
+            )
+
+
+def test_dilations_end_and_may_fall_on_the_way() -> None:
+    assert [dilation_at(i, 4.0, 4) for i in (0, 3, 4)] == [4, 4, 1]
+    assert [dilation_at(i, 4.0, 4, progressive=True) for i in range(5)] == [4, 3, 2, 2, 1]
+    assert [fourier_dilation_at(i, 3.0, 2, 4) for i in range(5)] == [3, 3, 3, 2, 1]
+    assert noise_damped(torch.ones(1), torch.tensor([3.0]), torch.tensor([1.0]), 2.0).item() == 5
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1))
+
+
+def test_listed_convolutions_are_dilated_until_a_step_and_come_back() -> None:
+    model, x = net(), sample(1, 2, 8, 8)
+    plain = model(x)
+    op = DilatedConvs(["1"], until=3)
+    with apply_resolution(model, [op], native=(4, 4), target=(8, 8)) as scaled:
+        scaled.pre_step(x, 1.0, 0)
+        torch.testing.assert_close(model(x), redilated_conv(model[0](x), model[1], 2.0))
+        scaled.pre_step(x, 0.5, 3)
+        assert torch.equal(model(x), plain)
+    assert torch.equal(model(x), plain)
+    assert "forward" not in vars(model[1])
+    with pytest.raises(ConfigError, match="No convolution of Sequential is named like mid"):
+        matching_convs(model, ["mid*"])
+    with pytest.raises(NotImplementedError, match="convolve"):
+        ConvReplacement(["1"]).convolve(model[1], model[1].forward, x)
+
+
+def test_the_mask_passes_the_trained_band_and_damps_the_rest_to_its_value() -> None:
+    mask = fourier_mask(32, 48, 2.0, 0.6)
+    torch.testing.assert_close(mask[8:24, 12:36], torch.ones(16, 24))  # half of each side
+    assert mask[0, 24].item() == pytest.approx(0.6)
+    assert mask[0, 0].item() == pytest.approx(0.36)
+    torch.testing.assert_close(mask, mask.flip(0).flip(1))
+    assert fourier_mask(31, 31, 2.0)[15, 15] == 1
+    torch.testing.assert_close(fourier_mask(8, 8, 1.0, weak=True), torch.ones(8, 8))
+    x = sample(1, 2, 7, 9)
+    torch.testing.assert_close(filtered(x, (4, 4), 1.0, weak=True), x)  # filled up and cut again
+
+
+def test_thirds_get_the_strong_filter_twice_and_the_weak_one() -> None:
+    x, conv = sample(3, 2, 8, 8), nn.Conv2d(2, 3, 3, padding=1)
+    y = fourier_conv(x, conv, 3.0, (4, 4))
+    torch.testing.assert_close(
+        y[:2], dilated_conv(filtered(x[:2], (4, 4), 3.0), conv, 3), atol=1e-6, rtol=1e-5
+    )
+    weak = filtered(x[2:], (4, 4), 3.0, weak=True)
+    torch.testing.assert_close(y[2:], dilated_conv(weak, conv, 2), atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="must be thirds"):
+        fourier_conv(x[:2], conv, 2.0, (4, 4))
+
+
+def test_fourier_convolutions_follow_the_step_in_a_network() -> None:
+    model, x = net(), sample(3, 2, 8, 8)
+    plain = model(x)
+    op = FourierConvs(["1"], start=1, stop=3)
+    with apply_resolution(model, [op], native=(4, 4), target=(8, 8)) as scaled:
+        scaled.pre_step(x, 1.0, 0)
+        torch.testing.assert_close(model(x), fourier_conv(model[0](x), model[1], 2.0, (4, 4)))
+        scaled.pre_step(x, 1.0, 2)
+        torch.testing.assert_close(model(x), fourier_conv(model[0](x), model[1], 1.5, (4, 4)))
+        scaled.pre_step(x, 0.5, 3)
+        assert torch.equal(model(x), plain)
+    assert torch.equal(model(x), plain)
