@@ -143,8 +143,7 @@ def family_of(pipe: Any) -> str | None:
 def vae_channels(pipe: Any) -> int:
     """Return the channels of a pipeline's latents."""
     config = pipe.vae.config
-    channels = _stated(config, "latent_channels")
-    return int(channels if channels is not None else config.z_dim)
+    return int(_stated(config, "latent_channels") or _stated(config, "z_dim"))
 
 
 def vae_stride(pipe: Any) -> int:

@@ -207,7 +207,7 @@ class LatentUpscaler:
                 "The latents are unlike those that the upscaler was trained on: the mean of a "
                 f"channel is {off:.3g} deviations away, and a deviation differs {spread:.3g} "
                 f"times; up to {_FAR:g} was expected. Give what the VAE decodes, see to_vae_space.",
-                stacklevel=3,
+                stacklevel=4,  # beyond torch's decorator of the caller
             )
         if self.clamp_sigma is None:
             return x

@@ -187,7 +187,13 @@ def from_official(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
     shapes = shapes_of({name: own[ours] for name, ours in official.items()})
     settings: Any = model.config
     owner = type(model).__name__
-    read = partial(config_from_state_dict, given)
+    read = partial(
+        config_from_state_dict,
+        given,
+        # no shape tells these for certain, so they are no explanation
+        img_range=settings["img_range"],
+        input_size=settings["input_size"],
+    )
     advice = partial(settings_sentence, read, settings, family=owner)
     check_keys(given, shapes, owner=owner, advice=advice)
     check_shapes(given, shapes, owner=owner, advice=advice)
