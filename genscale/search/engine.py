@@ -123,7 +123,8 @@ class Engine(Ledger):
         group = torch.arange(self.num_prompts).repeat_interleave(count)
         chosen = self.particle_seeds(count, first) if seeds is None else seeds
         cond = self.cond.select(group) if len(self.cond) else self.cond
-        with torch.no_grad():
+        # what a scale-wise network computes once a sample is its work as any other
+        with torch.no_grad(), self._timed("network"):
             state = self.sampler.start(self.model, cond, chosen, noise)
         return state.replace(group=group)
 
