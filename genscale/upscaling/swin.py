@@ -172,7 +172,7 @@ class SwinTrunk(nn.Module):
         positions: bool = False,
     ) -> None:
         super().__init__()
-        check_settings(depths, num_heads, hidden_size, residual)
+        _check_settings(depths, num_heads, hidden_size, residual)
         shifts = input_size > window_size
         window = min(input_size, window_size)
         self.channels, self.img_range = channels, img_range
@@ -281,7 +281,7 @@ def pixel_shuffle_layers(width: int, scale: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def check_settings(
+def _check_settings(
     depths: Sequence[int], num_heads: Sequence[int], hidden_size: int, residual: str
 ) -> None:
     """Check that a trunk's settings fit together.
