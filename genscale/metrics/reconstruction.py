@@ -44,7 +44,16 @@ def picture_ssim(images: Tensor, made: Tensor) -> Tensor:
     picture only, averaged over places and channels. In pictures below 11 pixels the window is as
     wide as they are. The arguments are :func:`squared_error`'s.
     """
-    x, y = _pair(images, made)
+    return structural_similarity(*_pair(images, made))[0]
+
+
+def structural_similarity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return SSIM, and its part without the comparison of means; see :func:`picture_ssim`.
+
+    Args:
+        x: float64 ``(n, C, H, W)`` in grey levels 0..255.
+        y: the same shape.
+    """
     size = min(_WINDOW, *x.shape[2:])
     place = torch.arange(size, dtype=torch.float64, device=x.device) - (size - 1) / 2
     window = torch.exp(-place.square() / (2 * _SIGMA**2))
@@ -54,10 +63,9 @@ def picture_ssim(images: Tensor, made: Tensor) -> Tensor:
     variance_y = _blur(y * y, window) - mean_y.square()
     covariance = _blur(x * y, window) - mean_x * mean_y
     c1, c2 = (_K1 * 255.0) ** 2, (_K2 * 255.0) ** 2
-    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
-        (mean_x.square() + mean_y.square() + c1) * (variance_x + variance_y + c2)
-    )
-    return similarity.flatten(1).mean(1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    means = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+    return (means * structure).flatten(1).mean(1), structure.flatten(1).mean(1)
 
 
 def _blur(x: Tensor, window: Tensor) -> Tensor:
