@@ -9,24 +9,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _PUBLIC = {
+    "ESPCN": "genscale.upscaling.espcn",
+    "IRN": "genscale.upscaling.irn",
     "LUA": "genscale.upscaling.lua",
     "Interpolation": "genscale.upscaling.interpolation",
     "LatentUpscaler": "genscale.upscaling.latent_upscaler",
     "SwinIR": "genscale.upscaling.swinir",
     "Upscaler": "genscale.upscaling.base",
     "adapt_channels": "genscale.upscaling.lua",
+    "collaborative_downscale": "genscale.upscaling.collaborative",
     "decode": "genscale.upscaling.latent_conventions",
     "to_vae_space": "genscale.upscaling.latent_conventions",
     "with_latent_upscaler": "genscale.upscaling.latent_upscaler",
 }
 
 __all__ = [
+    "ESPCN",
+    "IRN",
     "LUA",
     "Interpolation",
     "LatentUpscaler",
     "SwinIR",
     "Upscaler",
     "adapt_channels",
+    "collaborative_downscale",
     "decode",
     "to_vae_space",
     "with_latent_upscaler",
@@ -34,7 +40,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from genscale.upscaling.base import Upscaler
+    from genscale.upscaling.collaborative import collaborative_downscale
+    from genscale.upscaling.espcn import ESPCN
     from genscale.upscaling.interpolation import Interpolation
+    from genscale.upscaling.irn import IRN
     from genscale.upscaling.latent_conventions import decode, to_vae_space
     from genscale.upscaling.latent_upscaler import LatentUpscaler, with_latent_upscaler
     from genscale.upscaling.lua import LUA, adapt_channels
