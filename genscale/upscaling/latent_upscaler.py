@@ -264,6 +264,12 @@ class UpscaledPipeline:
         result.images = images
         return result
 
+    def to(self, *args: Any, **kwargs: Any) -> UpscaledPipeline:
+        """Move the pipeline as its own method does, and the upscaler to its device."""
+        self.pipe.to(*args, **kwargs)
+        self.upscaler.to(self.pipe.device)
+        return self
+
     def __getattr__(self, name: str) -> Any:
         if name == "pipe":  # not yet set, as in a copy being made
             raise AttributeError(name)

@@ -192,6 +192,7 @@ def test_a_wrapped_pipeline_is_called_as_before_and_gives_larger_pictures(kind):
     assert latents.shape == (1, upscaler.channels, 16, 24)
     assert torch.equal(decode(pipe, latents, output_type="pt"), images)
     assert larger.vae is pipe.vae  # the rest is the pipeline's own
+    assert larger.to("cpu") is larger
 
 
 def test_channel_statistics_are_undone_for_sdxl_and_qwen():
