@@ -6,9 +6,9 @@ The U-Nets are diffusers': ``UNet3DConditionModel`` (convolutions and attention 
 those of each frame) and ``UNetSpatioTemporalConditionModel`` (the same, mixed in by learned
 weights). Their widths and blocks are searched so that they agree within 5 % with FIT in
 
+    operations of a forward pass (matrix products, convolutions, attention),
     parameters in the proportion of the paper, 284 to 497 million,
-    parameters,
-    operations of a forward pass (matrix products, convolutions, attention).
+    parameters.
 
 Of the families in FAMILIES the first that has a member this close is taken; attention is on all
 levels but the first, as in the paper. Every U-Net takes turns with FIT on the same input: a forward
@@ -25,7 +25,6 @@ import functools
 import json
 import statistics
 import sys
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -49,9 +48,9 @@ PAPER = {"inference": 105.1 / 23.4, "training": 230.3 / 69.5}  # U-Net 284M over
 CLOSE = 0.05
 KINDS = ("UNet3D", "UNetSpatioTemporal")
 TARGETS = {  # name -> what is compared with FIT's, and in which proportion
+    "equal FLOPs": ("flops", 1.0),
     "paper's proportion": ("parameters", 284 / 497.35),
     "equal parameters": ("parameters", 1.0),
-    "equal FLOPs": ("flops", 1.0),
 }
 FAMILIES = [  # width of a level over that of the first, blocks a level; the paper's come first
     (multipliers, layers)
@@ -110,7 +109,7 @@ def fit(size: Size) -> FIT:
 
 def unet(kind: str, widths: tuple[int, ...], layers: int, size: Size) -> nn.Module:
     """Build a U-Net with attention on all levels but the first."""
-    from diffusers import UNet3DConditionModel, UNetSpatioTemporalConditionModel
+    from diffusers.models import unets
 
     spatio_temporal = kind == "UNetSpatioTemporal"
     suffix, deep = ("SpatioTemporal" if spatio_temporal else "3D"), len(widths) - 1
@@ -123,9 +122,10 @@ def unet(kind: str, widths: tuple[int, ...], layers: int, size: Size) -> nn.Modu
         "down_block_types": (f"DownBlock{suffix}", *[f"CrossAttnDownBlock{suffix}"] * deep),
         "up_block_types": (*[f"CrossAttnUpBlock{suffix}"] * deep, f"UpBlock{suffix}"),
     }
+    classes: Any = unets  # whose constructors have no types
     network: nn.Module
     if spatio_temporal:
-        network = UNetSpatioTemporalConditionModel(
+        network = classes.UNetSpatioTemporalConditionModel(
             **shared,
             num_attention_heads=tuple(width // size.head for width in widths),
             addition_time_embed_dim=64,
@@ -133,7 +133,7 @@ def unet(kind: str, widths: tuple[int, ...], layers: int, size: Size) -> nn.Modu
             num_frames=size.clip[0],
         )
     else:  # what it calls the head's size is that indeed in its blocks
-        network = UNet3DConditionModel(**shared, attention_head_dim=size.head)
+        network = classes.UNet3DConditionModel(**shared, attention_head_dim=size.head)
     return network
 
 
@@ -260,6 +260,10 @@ def ladder(multipliers: tuple[int, ...]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(rungs))
 
 
+def _squares(widths: tuple[int, ...]) -> float:
+    return float(sum(width**2 for width in widths))
+
+
 def search(kind: str, size_name: str, quantity: str, aim: float) -> Choice:
     """Return the first U-Net of FAMILIES whose ``quantity`` is within CLOSE of ``aim``.
 
@@ -269,15 +273,15 @@ def search(kind: str, size_name: str, quantity: str, aim: float) -> Choice:
     best, best_miss = None, float("inf")
     for multipliers, layers in FAMILIES:
         rungs = ladder(multipliers)
-
-        def value(widths: tuple[int, ...], layers: int = layers) -> float:
-            return cost(kind, widths, layers, size_name, quantity)
-
-        place = bisect_left(rungs, aim, key=value)
-        for widths in rungs[max(0, place - 1) : place + 1]:
-            miss = abs(value(widths) / aim - 1)
-            if miss < best_miss:
-                best, best_miss = Choice(kind, widths, layers), miss
+        tried: dict[tuple[int, ...], float] = {}
+        widths = rungs[len(rungs) // 8]
+        while widths not in tried:  # cost is nearly proportional to the sum of squares
+            tried[widths] = cost(kind, widths, layers, size_name, quantity) / aim
+            wanted = _squares(widths) / tried[widths]
+            widths = min(rungs, key=lambda rung: abs(_squares(rung) / wanted - 1))
+        closest = min(tried, key=lambda rung: abs(tried[rung] - 1))
+        if abs(tried[closest] - 1) < best_miss:
+            best, best_miss = Choice(kind, closest, layers), abs(tried[closest] - 1)
         if best is not None and best_miss <= CLOSE:
             return best
     raise SystemExit(
@@ -340,17 +344,24 @@ class Setup:
     channels_last: bool
     targets: tuple[str, ...] = tuple(TARGETS)
 
+    def compile(self, module: nn.Module) -> Any:
+        """Return what is called in the place of a network."""
+        return torch.compile(module) if self.compiled else module
+
     def network(self, name: str, module: nn.Module, call: Callable[[nn.Module], Tensor]) -> Network:
         """Move a network to the device, count its operations in a real pass, and compile it."""
         module = nn.Module.to(module, self.device)
         if self.channels_last:
             for child in module.modules():
                 if isinstance(child, nn.Conv2d):
-                    child.to(memory_format=torch.channels_last)
+                    data = child.weight.data
+                    child.weight.data = data.contiguous(memory_format=torch.channels_last)
         counter = FlopCounterMode(display=False)
+        module.eval().requires_grad_(False)  # the counter's hooks want all or nothing
         with counter, torch.no_grad(), precision(self.device, self.dtype):
-            call(module.eval())
-        forward = partial(call, torch.compile(module) if self.compiled else module)
+            call(module)
+        module.requires_grad_(True)
+        forward = partial(call, self.compile(module))
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
         flops = counter.get_total_flops() // self.batch
         return Network(name, module, forward, self, parameter_count(module), flops, optimizer)
@@ -358,7 +369,8 @@ class Setup:
 
 def in_turns(works: Mapping[str, Callable[[], None]], setup: Setup) -> dict[str, float]:
     """Return each one's median of seconds a clip, of repetitions that take turns."""
-    now, seconds = clock(setup.device), {name: [] for name in works}  # type: dict[str, list[float]]
+    now = clock(setup.device)
+    seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(setup.warmup + setup.repeats):
         for name, work in works.items():
             start = now()
@@ -388,7 +400,7 @@ def build_fit(setup: Setup) -> tuple[Network, Callable[[], None]]:
         "known": torch.ones(setup.batch, dtype=torch.bool, device=setup.device),
     }
     network = setup.network("FIT", module, lambda net: call_fit(net, inputs, memory)[0])
-    again = torch.compile(module) if setup.compiled else module
+    again = setup.compile(module)
 
     def first_pass() -> None:
         module.train()
