@@ -173,7 +173,8 @@ class FlowAligned(ResolutionOp):
         if i >= len(self.references):
             return x0
         time, ref = as_number(t), self.references[i]
-        mask = butterworth(*x0.shape[-2:], self.ratio, centred=self.centred, device=x0.device)
+        height, width = x0.shape[-2:]
+        mask = butterworth(height, width, self.ratio, centred=self.centred, device=x0.device)
         share = 1.0 - i / len(self.references)
         x0 = align(x0, ref, self.alpha * share, lambda picture: low_pass(picture, mask))
         v, v_ref = velocity(x, x0, time), velocity(x, ref, time)

@@ -64,7 +64,8 @@ def filtered(
     """
     height, width = x.shape[-2:]
     padded = F.pad(x, (0, -width % base[1], 0, -height % base[0]))
-    mask = fourier_mask(*padded.shape[-2:], scale, value, weak=weak, device=x.device)
+    rows, columns = padded.shape[-2:]
+    mask = fourier_mask(rows, columns, scale, value, weak=weak, device=x.device)
     return low_pass(padded, mask)[..., :height, :width]
 
 

@@ -15,7 +15,7 @@ from genscale.layers.norm import upcast
 from genscale.layers.rope import AxialRoPE
 from genscale.resolution.base import Patches, ResolutionOp, Sides, linear_factor
 
-RotaryVariant = Literal["extrapolate", "pi", "ntk", "ntk_exact", "ntk_clip", "yarn", "time_aware"]
+RotaryVariant = Literal["unscaled", "pi", "ntk", "ntk_exact", "ntk_clip", "yarn", "time_aware"]
 """How frequencies follow the size; see :func:`axis_frequencies`."""
 
 WATERSHED = 0.3  # Lumina-Next's: before it the layout forms
@@ -25,7 +25,7 @@ def axis_frequencies(
     channels: int,
     *,
     scale: float = 1.0,
-    variant: RotaryVariant = "extrapolate",
+    variant: RotaryVariant = "unscaled",
     theta: float = 10000.0,
     ntk: float | None = None,
     trained_cells: int = 64,
@@ -37,13 +37,13 @@ def axis_frequencies(
 
     With omega_k = theta^(-2k / D), k = 0 .. D/2 - 1:
 
-    - ``extrapolate``: omega, as trained.
+    - ``unscaled``: omega, as trained.
     - ``pi``: omega / s, position interpolation (arXiv:2306.15595).
     - ``ntk``: of the base theta * ntk, as diffusion models take it.
     - ``ntk_exact``: of the base theta * s^(D / (D - 2)): the fastest pair stays, the slowest is
       interpolated.
     - ``ntk_clip``: that of ``ntk``, but never slower than ``pi`` (arXiv:2410.07536).
-    - ``yarn``: between ``pi`` and ``extrapolate`` by the turns a pair makes over the trained
+    - ``yarn``: between ``pi`` and ``unscaled`` by the turns a pair makes over the trained
       side, 1 or fewer to 32 or more (arXiv:2309.00071).
     - ``time_aware``: ``pi`` before the watershed, then ``ntk`` (arXiv:2406.18583).
 
@@ -80,7 +80,7 @@ def axis_frequencies(
     exponents = torch.arange(0, channels, 2, dtype=dtype, device=device) / channels
     base = theta**-exponents
     wider = (theta * (scale if ntk is None else ntk)) ** -exponents
-    if variant == "extrapolate":
+    if variant == "unscaled":
         return base
     if variant == "pi":
         return base / scale
@@ -151,7 +151,7 @@ class RotaryScaling(ResolutionOp):
 
     It reaches modules that map ids ``(N, axes)`` to cosines and sines with ``axes_dim`` and
     ``theta`` (FLUX and its kind), and :class:`~genscale.layers.rope.AxialRoPE`, whose places
-    are in units of the picture: there ``pi`` changes nothing, ``extrapolate`` keeps the angle a
+    are in units of the picture: there ``pi`` changes nothing, ``unscaled`` keeps the angle a
     cell and every kind of NTK is :func:`stretched_log_frequencies`. Tables are computed anew at
     every call, so no cache can be stale.
 
@@ -242,12 +242,13 @@ class RotaryScaling(ResolutionOp):
     def _learned(self, rope: AxialRoPE, scale: float) -> Callable[..., tuple[Tensor, Tensor]]:
         def rotation(positions: Tensor, num_prefix_tokens: int = 0) -> tuple[Tensor, Tensor]:
             kind, axes = self._kind(), []
-            for place, logs in ((0, rope.freqs_h), (1, rope.freqs_w)):
-                if kind == "extrapolate":
-                    logs = upcast(logs) + math.log(scale)
+            for place, learned in ((0, rope.freqs_h), (1, rope.freqs_w)):
+                logs = upcast(learned)
+                if kind == "unscaled":
+                    logs = logs + math.log(scale)
                 elif kind != "pi":
                     logs = stretched_log_frequencies(logs, scale)
-                axes.append(positions[:, place, None] * upcast(logs).exp()[:, None])
+                axes.append(positions[:, place, None] * logs.exp()[:, None])
             angles = F.pad(torch.cat(axes, dim=-1), (0, 0, num_prefix_tokens, 0))
             return angles.cos(), angles.sin()
 

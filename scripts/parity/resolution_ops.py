@@ -37,7 +37,8 @@ def run(case: Case) -> list[Comparison]:
 
     def filter_mask() -> Tensor:
         settings = config["butterworth"]
-        return butterworth(*x.shape[-2:], settings["ratio"], order=settings["order"])
+        height, width = x.shape[-2:]
+        return butterworth(height, width, settings["ratio"], order=settings["order"])
 
     def fourier(weak: bool) -> Tensor:
         settings = config["fouri"]

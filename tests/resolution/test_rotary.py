@@ -60,7 +60,7 @@ def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones() -> None:
     assert yarn_logit_factor(math.e) == pytest.approx(1.1**2)
 
 
-@pytest.mark.parametrize("variant", ["pi", "ntk", "ntk_exact", "ntk_clip", "yarn", "extrapolate"])
+@pytest.mark.parametrize("variant", ["pi", "ntk", "ntk_exact", "ntk_clip", "yarn", "unscaled"])
 def test_nothing_changes_at_the_trained_size(variant: str) -> None:
     torch.testing.assert_close(axis_frequencies(16, variant=variant), base())
 
@@ -103,7 +103,7 @@ def test_the_table_of_flux_is_replaced_and_comes_back() -> None:
     layer = FluxPosEmbed(theta=10000, axes_dim=[4, 6, 6])
     model, plain = Holder(layer), layer(ids())
     with apply_resolution(
-        model, [RotaryScaling("extrapolate")], native=(2, 2), target=(4, 4)
+        model, [RotaryScaling("unscaled")], native=(2, 2), target=(4, 4)
     ):  # the trained frequencies: our table is theirs
         for got, expected in zip(layer(ids()), plain, strict=True):
             torch.testing.assert_close(got, expected)
@@ -130,7 +130,7 @@ def test_learned_frequencies_keep_the_angle_of_a_cell_where_they_are_fast() -> N
     model, places = Holder(rope), axial_positions(4, 4)
     plain = rope.rotation(places, 1)
     with torch.no_grad():
-        for variant, factor in (("pi", 1.0), ("extrapolate", 2.0)):
+        for variant, factor in (("pi", 1.0), ("unscaled", 2.0)):
             op = RotaryScaling(variant)
             with apply_resolution(model, [op], native=(2, 2), target=(4, 4)):
                 got = rope.rotation(places, 1)
