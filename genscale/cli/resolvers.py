@@ -121,5 +121,14 @@ def register_resolvers() -> None:
     """Make them known to OmegaConf; may be called any number of times."""
     from omegaconf import OmegaConf
 
-    for resolver in (latent_size, latent_frames, scale_sides, count, frames_of, div, mul, tokenizer):
+    for resolver in (
+        latent_size,
+        latent_frames,
+        scale_sides,
+        count,
+        frames_of,
+        div,
+        mul,
+        tokenizer,
+    ):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

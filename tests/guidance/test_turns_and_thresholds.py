@@ -122,9 +122,7 @@ class TestTurns:
             Oscillating(low=-1.0)
         with pytest.raises(ConfigError, match=r"guidance.warm_up must be a whole number of at le"):
             Oscillating(warm_up=-1)
-        with pytest.raises(
-            ConfigError, match=r"guidance.every must be a whole number"
-        ):
+        with pytest.raises(ConfigError, match=r"guidance.every must be a whole number"):
             Oscillating(every=0)
 
 
