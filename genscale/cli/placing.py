@@ -103,7 +103,7 @@ def _checkpoint_to_resume(cfg: DictConfig, folder: RunFolder) -> Path | None:
         {"text_encoder": _NO_TEXT, "low_resolution": _LOW_RESOLUTION, **folder.config()}
     )
     given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    now = _flatten({"text_encoder": _NO_TEXT, **given})
+    now = _flatten({"text_encoder": _NO_TEXT, "low_resolution": _LOW_RESOLUTION, **given})
     # shortest first: what others refer to is named before what follows from it
     for key in sorted({*before, *now}, key=lambda key: (key.count("."), key)):
         if key.split(".")[0] not in FREE_ON_RESUME and before.get(key) != now.get(key):
