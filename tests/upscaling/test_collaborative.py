@@ -45,13 +45,14 @@ def test_every_picture_is_rebuilt_better_from_8_bits(norm: str, straight_through
     torch.testing.assert_close(plain, result.before)
 
 
-def test_searching_with_the_rounding_in_place_gains_more() -> None:
+def test_moves_below_half_a_level_count_where_the_rounding_is_in_place() -> None:
     x = pictures()
-    gains = []
-    for straight_through in (True, False):
-        result = collaborative_downscale(down, up, x, straight_through=straight_through)
-        gains.append(torch.log(result.before / result.after).mean())
-    assert gains[0] > gains[1] > 0
+    small = {"norm": "linf", "eps": 0.4 / 255, "alpha": 0.1 / 255, "steps_hr": 0}
+    aware = collaborative_downscale(down, up, x, **small)
+    assert (aware.after < aware.before).all()
+    # as published, the search starts on a level and such moves round back to it
+    published = collaborative_downscale(down, up, x, straight_through=False, **small)
+    assert torch.equal(published.after, published.before)
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
