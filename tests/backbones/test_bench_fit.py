@@ -23,7 +23,7 @@ def test_widths_of_unets_grow_in_proportion_to_one_another() -> None:
 
 @pytest.mark.parametrize("kind", unets.KINDS)
 def test_forecast_operations_of_a_unet_are_those_of_a_run(kind: str) -> None:
-    widths, size = (32, 32, 64, 64), unets.SIZES["tiny"]
+    widths, size = (32, 32, 64), unets.SIZES["tiny"]
     with torch.device("meta"):
         network = unets.unet(kind, widths, 1, size).to("meta").eval().requires_grad_(False)
     counter = FlopCounterMode(display=False)
