@@ -49,7 +49,8 @@ class ClassifierFreePlusPlus(BranchGuidance):
     def guides(self, level: Level, process: NoiseProcess) -> Tensor:
         """Return which rows lie in the interval: scale 1 needs the noise of u as well."""
         outside = torch.zeros_like(level.alpha)
-        return self._inside(outside, level, process) == 0.0
+        guided = self._inside(outside, level, process) == 0.0
+        return guided.flatten(1).any(1) if guided.dim() > 1 else guided
 
     def combine(self, own: Prediction, other: Prediction, rows: Rows) -> Guided:
         """Return the extrapolated clean and the unconditional noise estimate."""

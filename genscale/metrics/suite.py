@@ -153,6 +153,11 @@ class EvaluationSuite:
         """The feature networks in use."""
         return [metric.network for metric in self._by_features]
 
+    @property
+    def clip_measures(self) -> list[ClipMeasure]:
+        """The measures of single clips in use."""
+        return self._of_clips
+
     def to(self, device: torch.device | str) -> EvaluationSuite:
         """Choose where feature networks run; returns the suite."""
         self._device = torch.device(device)

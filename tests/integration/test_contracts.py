@@ -14,6 +14,7 @@ from genscale import rng
 from genscale.autoencoders.base import Autoencoder
 from genscale.autoencoders.msvq import MSVQ
 from genscale.backbones.base import Backbone
+from genscale.backbones.causal_video import CausalVideo
 from genscale.backbones.var import VAR
 from genscale.cli.app import conf_directory
 from genscale.cli.building import instantiate
@@ -22,11 +23,14 @@ from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
 from genscale.guidance.autoguidance import Autoguidance
 from genscale.guidance.base import Guidance
+from genscale.guidance.oscillating import Oscillating
 from genscale.metrics.features import FeatureNetwork
 from genscale.metrics.suite import EvaluationSuite
 from genscale.objectives.base import Batch, Denoiser, LossOutput, Objective, ScaleDecoder
 from genscale.rng import StepRandom
 from genscale.samplers.base import Sampler
+from genscale.samplers.blocks import Blocks
+from genscale.samplers.grid import GridSampler
 from genscale.training.ema import EMA
 from genscale.training.lr_schedule import Schedule
 from genscale.training.trainable import TrainableRecipe
@@ -41,6 +45,7 @@ CONTRACTS = {
     "lr_schedule": Schedule,
     "metrics": EvaluationSuite,
 }
+BLOCK_OBJECTIVES = ("DiffusionForcing", "TeacherForcing", "SelfForcing")
 # name nothing of their own
 FROM_A_RUN = {(group, "run") for group in ("sampler", "guidance", "autoencoder", "metrics")}
 FROM_A_RUN.add(("sampler", "none"))
@@ -51,13 +56,15 @@ def options(group: str) -> list[str]:
 
 
 def family_of(group: str, option: str) -> str:
-    """Return whether an option belongs to scale-wise models, to autoencoders, or to diffusion."""
+    """Return what an option is for: scale-wise, block-causal or other models, or autoencoders."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         target = str(compose(f"{group}/{option}")[group]._target_)
     if target.startswith("genscale.training."):
         return "autoencoder"
-    scale_wise = ("NextScale", "ScaleGuidance")
-    return "scale_wise" if target.rpartition(".")[2] in scale_wise else "diffusion"
+    name = target.rpartition(".")[2]
+    if name in ("NextScale", "ScaleGuidance"):
+        return "scale_wise"
+    return "blocks" if name in ("Blocks", *BLOCK_OBJECTIVES) else "diffusion"
 
 
 def of_family(group: str, family: str) -> list[str]:
@@ -67,8 +74,8 @@ def of_family(group: str, family: str) -> list[str]:
 
 def build(group: str, option: str, *words: str) -> Any:
     register_resolvers()
-    needs_scales = group == "sampler" and family_of(group, option) == "scale_wise"
-    model = ("model=var",) if needs_scales else ()
+    models = {"scale_wise": ("model=var",), "blocks": ("model=causal_video",)}
+    model = models.get(family_of(group, option), ()) if group == "sampler" else ()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides=[*model, f"{group}={option}", *words])
     return instantiate(cfg[group], group)
@@ -89,6 +96,19 @@ def remembering() -> Backbone:
     return build("model", "rin", *words, "model.num_heads=2", "model.head_size=8").eval()
 
 
+@pytest.fixture(scope="module")
+def causal() -> Backbone:
+    """A block-causal backbone of clips of four frames."""
+    torch.manual_seed(0)
+    network = CausalVideo(
+        input_size=[4, 8, 8], in_channels=1, patch_size=4, hidden_size=16, depth=1, num_heads=2,
+        mlp_size=16, block_size=2, num_classes=5,
+    )  # fmt: skip
+    for parameter in network.parameters():  # the last layer starts at zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    return network.eval()
+
+
 @pytest.mark.parametrize(
     ("group", "option"),
     [(g, o) for g in CONTRACTS for o in options(g) if (g, o) not in FROM_A_RUN],
@@ -98,7 +118,7 @@ def test_an_option_is_what_its_group_promises(group: str, option: str) -> None:
     recipe = group == "objective" and family_of(group, option) == "autoencoder"
     assert isinstance(built, TrainableRecipe if recipe else CONTRACTS[group])
     if isinstance(built, EvaluationSuite):
-        assert built.networks
+        assert built.networks or built.clip_measures
         assert all(isinstance(network, FeatureNetwork) for network in built.networks)
 
 
@@ -143,6 +163,33 @@ class TestObjectives:
         assert all(not term.requires_grad for term in first.terms.values())
         other = objective.loss(backbone, batch, rng.for_step(1, batch.position))
         assert not torch.equal(first.loss, other.loss)
+
+    @pytest.mark.parametrize("option", of_family("objective", "blocks"))
+    def test_a_loss_of_clips_is_one_too(self, option: str, causal: Backbone) -> None:
+        objective: Objective = build("objective", option)
+        batch = Batch(
+            clean=torch.linspace(-1, 1, 4 * 256).view(4, 1, 4, 8, 8),
+            cond=Conditioning(labels=torch.arange(4)),
+            position=torch.arange(4) + 100,
+        )
+        if option == "self_forcing":  # trains two networks: tests/objectives/test_self_forcing.py
+            with pytest.raises(ConfigError, match="trains a generator and a critic"):
+                objective.loss(causal, batch, rng.for_step(0, batch.position))
+            return
+        first = objective.loss(causal, batch, rng.for_step(0, batch.position))
+        torch.rand(10)
+        again = objective.loss(causal, batch, rng.for_step(0, batch.position))
+        assert torch.equal(first.loss, again.loss)
+        assert first.loss.requires_grad
+        assert first.per_sample.shape == (4,)
+        other = objective.loss(causal, batch, rng.for_step(1, batch.position))
+        assert not torch.equal(first.loss, other.loss)
+
+    @pytest.mark.parametrize("option", of_family("objective", "blocks"))
+    def test_samplers_see_a_denoiser_of_clips(self, option: str, causal: Backbone) -> None:
+        view = build("objective", option).view(causal)
+        assert isinstance(view, Denoiser)
+        assert tuple(view.sample_shape) == (1, 4, 8, 8)
 
     @pytest.mark.parametrize("option", of_family("objective", "scale_wise"))
     def test_tokens_are_predicted(self, option: str, tokens: tuple[VAR, MSVQ]) -> None:
@@ -234,6 +281,13 @@ class TestGuidance:
             return
         if isinstance(guidance, Autoguidance):  # its config names a model, here is one
             guidance = guidance.led_by(build("objective", objective).view(weak), "weak")
+        if isinstance(guidance, Oscillating):
+            levels = solver.levels(unguided.process) if isinstance(solver, GridSampler) else None
+            if levels is None:
+                with pytest.raises(ConfigError, match="no grid of levels"):
+                    guidance.along(None)
+                return
+            guidance = guidance.along(levels)
         view = guidance.wrap(unguided)
         with torch.no_grad():
             state = solver.run(
@@ -246,6 +300,23 @@ class TestGuidance:
         branches = state.nfe / solver.nfe(0, solver.num_steps)
         assert bool(((branches >= 1) | solver.nfe_is_bound).all())
         assert bool((branches <= 2).all())
+
+    @pytest.mark.parametrize("option", of_family("guidance", "diffusion"))
+    def test_videos_are_guided_block_by_block(self, option: str, causal: Backbone) -> None:
+        guidance: Guidance = build("guidance", option)
+        if isinstance(guidance, Oscillating | Autoguidance):
+            pytest.skip("needs a grid of levels, or a second network")
+        solver = Blocks(steps=2, block_size=2, trained_frames=4, frames=6)
+        unguided = build("objective", "diffusion_forcing").view(causal)
+        with torch.no_grad():
+            state = solver.run(
+                guidance.wrap(unguided),
+                Conditioning(labels=torch.arange(2)),
+                rng.sample_seeds(0, 0, 2),
+            )
+        samples = solver.finish(state)
+        assert samples.shape == (2, 1, 6, 8, 8)
+        assert torch.isfinite(samples).all()
 
 
 class TestSchedules:
