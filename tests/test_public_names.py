@@ -48,7 +48,7 @@ THROUGH = {
         *("frames_and_sides", "check_latents", "check_clip"),
     ),
     "CausalVideo": (
-        *("Attend", "Whole", "Continued", "VideoAttention", "TextAttention", "project_text"),
+        *("Attend", "Continued", "VideoAttention", "TextAttention", "project_text"),
         *("CausalVideoHead", "FrameTime", "whole_rotation"),
     ),
     "commit_frames": ("bank_frames",),
@@ -70,7 +70,7 @@ THROUGH = {
     "MEASURES": ("Measure",),
     "INCEPTION_WEIGHTS": ("PublishedWeights",),
     "write_report": (
-        *("read_run", "RunContents", "Evaluation", "SampleSet", "section", "headline", "curves"),
+        *("RunContents", "Evaluation", "SampleSet", "section", "headline", "curves"),
         *("newest_samples", "sample_sets", "metric_tables", "protocol_list"),
     ),
 }

@@ -70,7 +70,7 @@ VALUES: list[tuple[str, Words, Words]] = [
     ),
     ("sample", ("run=RUN", "sampler.steps=0"), ("sampler.steps", "at least 1", "is 0")),
     ("sample", ("run=RUN", "guidance.scale=-1"), ("guidance.scale", "not negative", "-1")),
-    ("sample", ("run=RUN", "format=gif"), ("grid, png, npz", "'gif'")),
+    ("sample", ("run=RUN", "format=gif"), ("is for clips", "format=grid, png or npz")),
     ("sample", ("run=RUN", "weights=best"), ("ema, raw", "'best'")),
     ("sample", ("run=RUN", "num_samples=many"), ("num_samples", "whole number", "'many'")),
     ("sample", ("run=RUN", "batch_size=0"), ("batch_size", "at least 1, but 0")),
