@@ -11,7 +11,7 @@ from genscale.samplers.base import State
 from genscale.search.budget import Budget, BudgetSpent
 from genscale.search.cost import BACKWARD, CostMeter, StepCosts, Work, state_bytes
 
-_SLACK = 1e-6  # of an evaluation: what float64 sums may be off by
+SLACK = 1e-6  # of an evaluation: what float64 sums may be off by
 
 
 class Ledger:
@@ -103,7 +103,7 @@ class Ledger:
         times = torch.full((self.num_prompts,), 1 << 30, dtype=torch.int64)
         for left, price in ((self.nfe_left(), nfe), (self.rewards_left(), rewards)):
             if price > 0 and bool(left.isfinite().all()):
-                times = times.minimum(((left + _SLACK) / price).floor().long())
+                times = times.minimum(((left + SLACK) / price).floor().long())
         return times.clamp(min=0)
 
     @property
@@ -122,7 +122,7 @@ class Ledger:
         if self.budget.nfe is None:
             return
         asked = torch.zeros(self.num_prompts, dtype=torch.float64).index_add_(0, group, cost)
-        if bool((asked > self.nfe_left() + _SLACK).any()):
+        if bool((asked > self.nfe_left() + SLACK).any()):
             raise BudgetSpent
 
     def _check_rewards(self, group: Tensor) -> None:

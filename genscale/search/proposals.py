@@ -21,9 +21,9 @@ from genscale.samplers.blocks import Blocks
 from genscale.samplers.next_scale import NextScale
 from genscale.samplers.sde import GaussianSampler
 from genscale.search.engine import Engine
+from genscale.search.ledger import SLACK
 from genscale.search.scorer import Scores
 
-_SLACK = 1e-6  # of an evaluation: what float64 sums may be off by
 _ROUNDING = 1e-5  # of a reward
 
 
@@ -169,7 +169,7 @@ def afforded(
     ):
         least = float(left.min())
         if price > 0 and math.isfinite(least):
-            times.append(math.floor((least - beside + _SLACK) / price))
+            times.append(math.floor((least - beside + SLACK) / price))
     if not times:
         raise ConfigError(
             f"The search has no end: neither {setting} nor a budget that it counts against was "

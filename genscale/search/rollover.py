@@ -13,6 +13,7 @@ from genscale.rewards.base import Reward
 from genscale.samplers.base import Sampler, State
 from genscale.search.base import Search
 from genscale.search.engine import Engine
+from genscale.search.ledger import SLACK
 from genscale.search.proposals import (
     StepPrices,
     afforded,
@@ -25,8 +26,6 @@ from genscale.search.proposals import (
     ways_afforded,
 )
 from genscale.search.scorer import best_first
-
-_SLACK = 1e-6  # of an evaluation: what float64 sums may be off by
 
 
 @dataclass(slots=True)
@@ -199,5 +198,5 @@ class Rollover(Search):
         judged = random.double()
         judged[-1] = 1.0  # what is finished is judged
         rewards = judged.flip(0).cumsum(0).flip(0)
-        enough = engine.nfe_left()[group] + _SLACK >= rest[at]
+        enough = engine.nfe_left()[group] + SLACK >= rest[at]
         return enough & (engine.rewards_left()[group] >= rewards[at])

@@ -10,7 +10,8 @@ import torch
 from omegaconf import OmegaConf
 
 from genscale.cli.building import instantiate
-from genscale.data.scenes.dataset import SceneCaptions, Scenes, scenes_module
+from genscale.data.captioned import WrittenCaptions
+from genscale.data.scenes.dataset import Scenes, scenes_module
 from genscale.data.scenes.oracle import agreement
 from genscale.errors import ConfigError
 
@@ -41,7 +42,7 @@ def test_the_contract_of_image_data_sets() -> None:
 
 def test_captions_are_a_lazy_sequence() -> None:
     captions = Scenes(2_000_000_000, resolution=64).captions
-    assert isinstance(captions, SceneCaptions)
+    assert isinstance(captions, WrittenCaptions)
     assert len(captions) == 2_000_000_000
     assert captions[1_999_999_999] == captions[-1]
     assert captions[2:4] == [captions[2], captions[3]]

@@ -14,9 +14,10 @@ from omegaconf import OmegaConf
 
 from genscale import rng
 from genscale.cli.building import instantiate
+from genscale.data.captioned import WrittenCaptions
 from genscale.data.scenes.grammar import Scene, SceneObject
 from genscale.data.scenes.renderer import render
-from genscale.data.sprites.dataset import MovingSprites, SpriteCaptions, sprites_module
+from genscale.data.sprites.dataset import MovingSprites, sprites_module
 from genscale.data.sprites.grammar import SPRITE_TASKS, Sprite, SpriteScene, parse_sprites
 from genscale.data.sprites.renderer import EDGE, positions, render_clip
 from genscale.data.sprites.sampling import GAP, CaptionedClip, clip_at
@@ -85,7 +86,7 @@ class TestRows:
     def test_rows_stay_whatever_the_size_and_the_process(self) -> None:
         small, large = MovingSprites(5), MovingSprites(2_000_000_000)
         assert torch.equal(small.images([4]), large.images([4]))
-        assert isinstance(large.captions, SpriteCaptions)
+        assert isinstance(large.captions, WrittenCaptions)
         assert large.captions[-1] == large.captions[1_999_999_999]
         assert large.captions[2:4] == [small.captions[2], small.captions[3]]
         assert torch.equal(pickle.loads(pickle.dumps(small)).images([3]), small.images([3]))

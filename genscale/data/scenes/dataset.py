@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from genscale.data.base import ImageDataset, check_resolution, row_numbers
+from genscale.data.captioned import WrittenCaptions, check_tasks
 from genscale.data.scenes.grammar import MAX_OBJECTS, TASKS, Task
 from genscale.data.scenes.renderer import HIGHEST, LOWEST, render
 from genscale.data.scenes.sampling import CaptionedScene, scene_at
-from genscale.errors import ConfigError, did_you_mean
+from genscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from genscale.data.module import ImageDataModule
@@ -65,14 +66,14 @@ class Scenes(ImageDataset):
                 "caption can count to. Choose one of them."
             )
         check_resolution(resolution, LOWEST, HIGHEST, "scenes")
-        self.tasks = _check_tasks(tasks)
+        self.tasks = check_tasks(tasks, TASKS)
         self.max_objects = max_objects
         self.name = "scenes"
         self.channels = 3
         self.resolution = resolution
         self.num_classes = 0
         self.class_names = ()
-        self.captions = SceneCaptions(self)
+        self.captions = WrittenCaptions(count, self._caption)
         self._key = 2 * seed + (split == "heldout")
         self._count = count
         self._drawn: Tensor | None = None
@@ -110,6 +111,9 @@ class Scenes(ImageDataset):
             self._drawn[missing] = True
         return self._kept[rows]
 
+    def _caption(self, row: int) -> str:
+        return self.captioned(row).caption
+
     def _draw(self, rows: Tensor) -> Tensor:
         images = torch.empty(len(rows), 3, *2 * (self.resolution,), dtype=torch.uint8)
         for i, row in enumerate(rows.tolist()):
@@ -128,42 +132,6 @@ class Scenes(ImageDataset):
             digest.update(self.captioned(row).caption.encode())
             digest.update(self.image(row).numpy().data)
         return digest.hexdigest()
-
-
-class SceneCaptions(Sequence[str]):
-    """The captions of a data set of scenes, each written when it is asked for."""
-
-    def __init__(self, scenes: Scenes) -> None:
-        self._scenes = scenes
-
-    def __len__(self) -> int:
-        return len(self._scenes)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._scenes.captioned(index + len(self) if index < 0 else index).caption
-
-
-def _check_tasks(tasks: Sequence[Task]) -> tuple[Task, ...]:
-    for task in tasks:
-        if task not in TASKS:
-            raise ConfigError(
-                f"data.tasks names '{task}', which is no kind of caption ({', '.join(TASKS)})."
-                f"{did_you_mean(task, TASKS)}"
-            )
-    if not tasks or len(set(tasks)) < len(tasks):
-        raise ConfigError(
-            f"data.tasks=[{', '.join(tasks)}] must name one kind of caption or more, each once. "
-            f"Choose from {', '.join(TASKS)}."
-        )
-    return tuple(tasks)
 
 
 def scenes_module(

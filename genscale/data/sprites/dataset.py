@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from genscale import rng
 from genscale.data.base import check_resolution, row_numbers
+from genscale.data.captioned import WrittenCaptions, check_tasks
 from genscale.data.clips import ClipDataset
 from genscale.data.scenes.renderer import HIGHEST, LOWEST
 from genscale.data.sprites.grammar import MAX_SPRITES, SPRITE_TASKS, SpriteTask, mirrored_caption
 from genscale.data.sprites.renderer import render_clip
 from genscale.data.sprites.sampling import CaptionedClip, clip_at
-from genscale.errors import ConfigError, did_you_mean
+from genscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from genscale.data.clips import ClipDataModule
@@ -80,7 +81,7 @@ class MovingSprites(ClipDataset):
                 "caption can count to. Choose one of them."
             )
         check_resolution(resolution, LOWEST, HIGHEST, "moving sprites")
-        self.tasks = _check_tasks(tasks)
+        self.tasks = check_tasks(tasks, SPRITE_TASKS, " of moving sprites")
         self.frame_rates = _check_rates(frame_rates)
         self.max_objects = max_objects
         self.name = "moving_sprites"
@@ -91,7 +92,7 @@ class MovingSprites(ClipDataset):
         self.num_frames = num_frames
         self.usual_frame_rate = self.frame_rates[0]
         self.horizon = max(_AT_LEAST, num_frames / min(self.frame_rates))
-        self.captions = SpriteCaptions(self)
+        self.captions = WrittenCaptions(count, self._caption)
         self._key = 2 * seed + (split == "heldout")
         self._count = count
 
@@ -143,6 +144,10 @@ class MovingSprites(ClipDataset):
         """Return a caption with left and right changed."""
         return mirrored_caption(caption)
 
+    def _caption(self, row: int) -> str:
+        clip = self.captioned(row)
+        return clip.caption if self.num_frames else str(clip.requirement.unmoved())
+
     def _choose_rate(self, draws: Tensor) -> Tensor:
         rates = torch.tensor(self.frame_rates, dtype=torch.float32)
         return rates[(draws * len(rates)).long().clamp_(max=len(rates) - 1)]
@@ -173,43 +178,6 @@ class MovingSprites(ClipDataset):
             digest.update(self.captioned(row).caption.encode())
             digest.update(self.image(row)[:, :8].contiguous().numpy().data)
         return digest.hexdigest()
-
-
-class SpriteCaptions(Sequence[str]):
-    """The captions of a data set of moving sprites, each written when it is asked for."""
-
-    def __init__(self, sprites: MovingSprites) -> None:
-        self._sprites = sprites
-
-    def __len__(self) -> int:
-        return len(self._sprites)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        clip = self._sprites.captioned(index + len(self) if index < 0 else index)
-        return clip.caption if self._sprites.num_frames else str(clip.requirement.unmoved())
-
-
-def _check_tasks(tasks: Sequence[SpriteTask]) -> tuple[SpriteTask, ...]:
-    for task in tasks:
-        if task not in SPRITE_TASKS:
-            raise ConfigError(
-                f"data.tasks names '{task}', which is no kind of caption of moving sprites "
-                f"({', '.join(SPRITE_TASKS)}).{did_you_mean(task, SPRITE_TASKS)}"
-            )
-    if not tasks or len(set(tasks)) < len(tasks):
-        raise ConfigError(
-            f"data.tasks=[{', '.join(tasks)}] must name one kind of caption or more, each once. "
-            f"Choose from {', '.join(SPRITE_TASKS)}."
-        )
-    return tuple(tasks)
 
 
 def _check_rates(rates: Sequence[float]) -> tuple[float, ...]:
