@@ -38,6 +38,10 @@ class WrittenCaptions(Sequence[str]):
 
 
 def check_tasks(
+    tasks: Sequence[_Task],
+    known: tuple[_Task, ...],
+    of: str = "",
+) -> tuple[_Task, ...]:
     tasks: Sequence[_Task], known: tuple[_Task, ...], of: str = ""
 ) -> tuple[_Task, ...]:
     """Return the kinds of captions a data set was asked for.
