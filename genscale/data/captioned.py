@@ -42,8 +42,6 @@ def check_tasks(
     known: tuple[_Task, ...],
     of: str = "",
 ) -> tuple[_Task, ...]:
-    tasks: Sequence[_Task], known: tuple[_Task, ...], of: str = ""
-) -> tuple[_Task, ...]:
     """Return the kinds of captions a data set was asked for.
 
     Args:
