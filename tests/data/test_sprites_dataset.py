@@ -237,11 +237,20 @@ class TestModule:
             asked = parse_sprites(caption)
             assert all((group.motion is None) == is_still for group in asked.groups)
 
+    def test_without_frames_it_holds_still_pictures(self) -> None:
+        module = instantiate(config(heldout_count=9, num_frames=0), "data")
+        module.with_captions = True
+        batch = next(iter(module.train_dataloader()))
+        assert batch["image"].shape == (8, 3, 32, 32)
+        assert "frame_rate" not in batch
+        asked = [parse_sprites(caption) for caption in batch["caption"]]
+        assert all(group.motion is None for each in asked for group in each.groups)
+
     @pytest.mark.parametrize(
         ("changes", "sentence"),
         [
             ({"channels": 1}, r"data.channels=1 cannot show moving sprites"),
-            ({"num_frames": 0}, r"data.num_frames=0 is no clip"),
+            ({"num_frames": -1}, r"num_frames=-1"),
             ({"num_classes": 3}, r"data.num_classes=3, but 'moving_sprites' has 0"),
         ],
     )

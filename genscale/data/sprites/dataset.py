@@ -22,7 +22,7 @@ from genscale.data.sprites.sampling import CaptionedClip, clip_at
 from genscale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from genscale.data.clips import ClipDataModule
+    from genscale.data.module import ImageDataModule
 
 SLOWEST_RATE, FASTEST_RATE = 4.0, 120.0  # frames a second; below, fast objects would be ambiguous
 _LATEST = 8.0  # seconds: clips in training begin at any time up to this where objects never meet
@@ -208,26 +208,22 @@ def sprites_module(
     batch_size: int,
     seed: int,
     limit: int | None = None,
-) -> ClipDataModule:
+) -> ImageDataModule:
     """Build the data module of ``data=moving_sprites``; the arguments are the keys of its YAML.
 
+    With ``num_frames=0`` it holds still pictures alone, for models and autoencoders of pictures.
     Still pictures are those of the same rows, with captions that name no motion.
 
     Raises:
         ConfigError: if an argument is out of range.
     """
     from genscale.data.clips import ClipDataModule
-    from genscale.data.module import check_num_classes
+    from genscale.data.module import ImageDataModule, check_num_classes
 
     if channels != 3:
         raise ConfigError(
             f"data.channels={channels} cannot show moving sprites, whose captions name colours. "
             "Set data.channels=3."
-        )
-    if num_frames < 1:
-        raise ConfigError(
-            f"data.num_frames={num_frames} is no clip. Give 1 or more; data.image_ratio=1 "
-            "trains on still pictures alone."
         )
 
     def sprites(split: Literal["train", "heldout"], rows: int, frames: int) -> MovingSprites:
@@ -243,10 +239,22 @@ def sprites_module(
         )
 
     train = sprites("train", count, num_frames)
+    heldout = sprites("heldout", heldout_count, num_frames)
     check_num_classes(train, num_classes)
+    if num_frames == 0:
+        return ImageDataModule(
+            train,
+            heldout,
+            name=name,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            flip=flip,
+            seed=seed,
+            limit=limit,
+        )
     return ClipDataModule(
         train,
-        sprites("heldout", heldout_count, num_frames),
+        heldout,
         images=sprites("train", count, 0),
         image_ratio=image_ratio,
         name=name,
