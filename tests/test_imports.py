@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "io": ("backbones", "autoencoders"),  # converters know both sides of a checkpoint
     "autoencoders": ("layers",),
     "metrics": ("layers", "io", "data"),  # the oracle of scenes
-    "upscaling": ("layers", "io"),  # weights of other programs
+    "upscaling": ("layers", "io", "assembly", "run_weights"),  # weights: of runs, other programs
     "resolution": ("objectives",),
     "data": ("io", "assembly"),  # latents build the data they were made of
     "rewards": ("data", "metrics"),
@@ -45,10 +45,11 @@ MAY_IMPORT = {
     "loading": ("text_cache", "autoencoders", "backbones", "assembly", "run_weights"),
     "sample_conditions": ("text_cache", "backbones"),
     "generated": ("search",),
+    "sizes": ("backbones",),
     "cascade": ("data", "io"),
     "pipeline": (
         *("weak_models", "run_weights", "text_cache", "prompts", "loading"),
-        *("sample_conditions", "generated", "cascade"),
+        *("sample_conditions", "generated", "cascade", "sizes"),
         *("search", "samplers", "autoencoders", "data", "io", "resolution", "upscaling"),
         *("metrics", "assembly", "runs", "dist"),
     ),

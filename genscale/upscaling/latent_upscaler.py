@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,24 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from genscale.errors import CheckpointError, ConfigError
-from genscale.io.converters.swin import (
-    config_from_state_dict,
-    from_official,
-    is_official,
-    unwrapped,
-)
-from genscale.io.files import write_json
-from genscale.io.weights import assign_strictly, read_checkpoint
 from genscale.upscaling.base import Upscaler
-from genscale.upscaling.interpolation import Interpolation
 from genscale.upscaling.latent_conventions import decode, family_of, to_vae_space, vae_channels
-from genscale.upscaling.lua import LUA
+from genscale.upscaling.loading import (
+    WEIGHTS,
+    facts_of,
+    load_upscaler,
+    read_file,
+    save_upscaler,
+)
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_ABOUT = "latents.json"
-# files of the authors -> the latent space they are for
-_PUBLISHED = {"lua_flux.pth": "flux"}
-_KINDS: dict[str, type[Upscaler]] = {"LUA": LUA, "Interpolation": Interpolation}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FAR = 3.0  # deviations, or the ratio of deviations, from which on latents are out of range
 
@@ -86,8 +77,8 @@ class LatentUpscaler:
         """Read weights.
 
         Args:
-            source: a folder as of :meth:`save_pretrained`; a ``.safetensors``, ``.pth`` or
-                ``.pt`` file of official layout; or a hub id.
+            source: a folder as of :meth:`save_pretrained`, or of a run of ``model=lua``; a
+                ``.safetensors``, ``.pth`` or ``.pt`` file of official layout; or a hub id.
             family: the latent space; None for what the folder says, or what is known of the file.
             clamp_sigma: see the class.
             input_size: side that a network of official layout is made for; None for what the
@@ -101,26 +92,22 @@ class LatentUpscaler:
             CheckpointError: nothing there, or files that are damaged or of another network.
         """
         path = _locate(source, weight_name)
-        about: dict[str, Any] = {}
-        if path.is_dir():
-            network, about = _read_folder(path)
+        if path.is_file():
+            network, facts = read_file(path, input_size)
+            network.requires_grad_(False).eval()
         else:
-            network = _read_file(path, input_size)
-            about = {"family": _PUBLISHED.get(path.name)}
-        network.requires_grad_(False).eval()
+            network, facts = load_upscaler(path)
         return cls(
             network,
-            family=family or about.get("family"),
-            latent_stats=about.get("latent_stats"),
+            family=family or facts.family,
+            latent_stats=facts.latent_stats,
             clamp_sigma=clamp_sigma,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, config, and what is known of the latents."""
-        folder = Path(folder)
-        network: Any = self.network  # the decorated method has lost its type
-        network.save_pretrained(folder)
-        write_json(folder / _ABOUT, {"family": self.family, "latent_stats": self.latent_stats})
+        facts = facts_of(self.network, family=self.family, latent_stats=self.latent_stats)
+        save_upscaler(self.network, folder, facts)
 
     @property
     def channels(self) -> int:
@@ -164,7 +151,20 @@ class LatentUpscaler:
             ConfigError: other channels, or a scale that is not offered.
         """
         self.network.check(latents, scale)
-        x = self._in_range(latents.float())
+        self.look_at(latents)
+        return self.enlarge(latents, scale, tile=tile, overlap=overlap, batch=batch)
+
+    def enlarge(
+        self,
+        latents: Tensor,
+        scale: int = 2,
+        *,
+        tile: int | None = None,
+        overlap: int | None = None,
+        batch: int = 1,
+    ) -> Tensor:
+        """Upscale as a call does, but with gradients to the latents, and without a look at them."""
+        x = self._clamped(latents.float())
         like = next(self.network.parameters(), x)
         x = x.to(like.device, like.dtype)
         upscaled = self.network.upscale(x, scale, tile=tile, overlap=overlap, batch=batch)
@@ -193,10 +193,11 @@ class LatentUpscaler:
                 f"{', '.join(map(str, self.scales))}. Give one of them."
             )
 
-    def _in_range(self, x: Tensor) -> Tensor:
-        """Warn of latents unlike those of training, and clamp them where that is asked for."""
+    def look_at(self, latents: Tensor) -> None:
+        """Warn of latents ``(B, C, h, w)`` unlike those of training; the device is waited for."""
         if self.latent_stats is None:
-            return x
+            return
+        x = latents.detach().float()
         mean = torch.tensor(self.latent_stats["mean"], device=x.device)
         std = torch.tensor(self.latent_stats["std"], device=x.device)
         off = ((x.mean((0, 2, 3)) - mean).abs() / std).max().item()
@@ -209,9 +210,14 @@ class LatentUpscaler:
                 f"times; up to {_FAR:g} was expected. Give what the VAE decodes, see to_vae_space.",
                 stacklevel=4,  # beyond torch's decorator of the caller
             )
-        if self.clamp_sigma is None:
+
+    def _clamped(self, x: Tensor) -> Tensor:
+        """Clamp latents where that is asked for."""
+        if self.clamp_sigma is None or self.latent_stats is None:
             return x
-        mean, reach = mean.view(1, -1, 1, 1), (self.clamp_sigma * std).view(1, -1, 1, 1)
+        mean = torch.tensor(self.latent_stats["mean"], device=x.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.latent_stats["std"], device=x.device).view(1, -1, 1, 1)
+        reach = self.clamp_sigma * std
         return x.clamp(mean - reach, mean + reach)
 
 
@@ -309,7 +315,7 @@ def _locate(source: str | Path, weight_name: str) -> Path:
     if not _HUB_ID.fullmatch(str(source)):
         raise CheckpointError(
             f"{source} is no folder, no file and no hub id. Give a folder with config.json and "
-            f"{_WEIGHTS}, a file such as lua_flux.pth, or an id such as vaskers5/LUA-FLUX."
+            f"{WEIGHTS}, a file such as lua_flux.pth, or an id such as vaskers5/LUA-FLUX."
         )
     from huggingface_hub import hf_hub_download
 
@@ -321,74 +327,6 @@ def _locate(source: str | Path, weight_name: str) -> Path:
             f"({type(error).__name__}). Give the path of a copy, or fetch it first with: "
             f"hf download {source}"
         ) from error
-
-
-def _read_folder(folder: Path) -> tuple[Upscaler, dict[str, Any]]:
-    """Read what :meth:`LatentUpscaler.save_pretrained` wrote."""
-    settings = _read_json(folder / "config.json")
-    kind = settings.get("_class_name", "LUA")
-    if kind not in _KINDS:
-        raise CheckpointError(
-            f"{folder / 'config.json'} describes {kind}, but one of {', '.join(_KINDS)} was "
-            "expected. Give the folder of one."
-        )
-    about = _read_json(folder / _ABOUT) if (folder / _ABOUT).is_file() else {}
-    own = {name: value for name, value in settings.items() if name[0] != "_"}
-    try:
-        with torch.device("meta"):
-            network = _KINDS[kind](**own)
-    except TypeError as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'} holds settings that {kind} does not know: {error}. "
-            "Get the folder again."
-        ) from error
-    if not network.state_dict():
-        return network, about
-    return _filled(network, read_checkpoint(folder / _WEIGHTS), folder / _WEIGHTS), about
-
-
-def _read_file(path: Path, input_size: int | None) -> Upscaler:
-    """Read a file of official layout, or one of ours beside its config."""
-    state = unwrapped(read_checkpoint(path))
-    if not is_official(state):
-        if (path.parent / "config.json").is_file():
-            return _read_folder(path.parent)[0]
-        raise CheckpointError(
-            f"{path} has no official keys of LUA, and no config.json lies beside it to read it "
-            f"with (first key: {next(iter(state))}). Give a file such as lua_flux.pth."
-        )
-    settings = config_from_state_dict(state, input_size=input_size)
-    if "scales" not in settings:
-        raise CheckpointError(
-            f"{path} is a SwinIR, which has one scale and upscales pictures, but a LUA with "
-            "heads.* was expected. Give a file such as lua_flux.pth."
-        )
-    with torch.device("meta"):
-        network = LUA(**settings)
-    return _filled(network, from_official(state, network), path)
-
-
-def _filled(network: Upscaler, state: Mapping[str, Tensor], source: Path) -> Upscaler:
-    assign_strictly(network, state, device=torch.device("cpu"), source=source)
-    return network
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"There is no {path.name} in {path.parent}, and the folder of an upscaler has one. "
-            "Give another folder."
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Get it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(content).__name__}, but settings by name were expected. "
-            "Get it again."
-        )
-    return content
 
 
 def _checked_stats(

@@ -377,11 +377,11 @@ def test_what_is_no_upscaler_is_told_in_a_sentence(tmp_path):
         LatentUpscaler.from_pretrained(tmp_path)
     pictures = SwinIR(**{k: v for k, v in TINY.items() if k != "head_size"})
     torch.save(to_official(pictures.state_dict(), pictures.config), tmp_path / "swinir.pth")
-    with pytest.raises(CheckpointError, match="is a SwinIR, which has one scale"):
+    with pytest.raises(ConfigError, match="expected, but SwinIR upscales pictures"):
         LatentUpscaler.from_pretrained(tmp_path / "swinir.pth")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="has no official keys of LUA"):
         LatentUpscaler.from_pretrained(tmp_path / "other.pth")
     pictures.save_pretrained(tmp_path / "swinir")
-    with pytest.raises(CheckpointError, match="describes SwinIR, but one of LUA"):
+    with pytest.raises(ConfigError, match="expected, but SwinIR upscales pictures"):
         LatentUpscaler.from_pretrained(tmp_path / "swinir")

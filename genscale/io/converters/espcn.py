@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,32 @@ def config_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     hidden_size = int(config.get("channels", 64))
     return {"scale": scale, "channels": channels, "hidden_size": hidden_size, "output": "clamp"}
+
+
+def is_official(state: Mapping[str, Tensor]) -> bool:
+    """Return whether a state dict is one of a port."""
+    return set(state) == {f"{name}.{part}" for name in _names(state) for part in ("weight", "bias")}
+
+
+def config_from_state_dict(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Read the settings of ``genscale.upscaling.espcn.ESPCN`` off a port's tensors.
+
+    Args:
+        state: one that :func:`is_official` holds for.
+    """
+    first, _, last = (state[f"{name}.weight"] for name in _names(state))
+    hidden_size, channels = first.shape[:2]
+    return {
+        "scale": math.isqrt(last.shape[0] // channels),
+        "channels": channels,
+        "hidden_size": hidden_size,
+        "output": "sigmoid" if "conv1.weight" in state else "clamp",
+    }
+
+
+def _names(state: Mapping[str, Tensor]) -> list[str]:
+    """Return what the three convolutions are called in a state dict."""
+    return list(_KEYS) if "conv1.weight" in state else list(_KEYS.values())
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from genscale.errors import CheckpointError
+from genscale.io.keys import count_children
 
 
 def config_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,6 +36,61 @@ def config_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
         "small_channels": int(config["channel_out"]),
         "downsampling": "conv" if learnt else "haar",
         "down_first": bool(config.get("down_first", False)),
+    }
+
+
+def is_official(state: Mapping[str, Tensor]) -> bool:
+    """Return whether a state dict begins as the network's does: with a downsampling."""
+    return any(f"operations.0.{name}" in state for name in ("haar_weights", "conv_weights"))
+
+
+def config_from_state_dict(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Read the settings of ``genscale.upscaling.irn.IRN`` off a state dict.
+
+    Args:
+        state: one that :func:`is_official` holds for.
+
+    Raises:
+        CheckpointError: it has no coupling blocks.
+    """
+    kinds = []
+    for number in range(count_children(state, "operations")):
+        prefix = f"operations.{number}."
+        if f"{prefix}haar_weights" in state:
+            kinds.append("haar")
+        else:
+            kinds.append("conv" if f"{prefix}conv_weights" in state else "block")
+    if "block" not in kinds:
+        raise CheckpointError(
+            "The file holds the downsampling of an IRN, but none of its coupling blocks "
+            "(operations.*.F.*). Give a whole state dict."
+        )
+    coupling = f"operations.{kinds.index('block')}.F."
+    small = state[f"{coupling}conv5.weight"].shape[0]
+    width = small + state[f"{coupling}conv1.weight"].shape[1]  # channels that a block sees
+    learnt = kinds[0] == "conv"
+    halvings = kinds.count("haar")
+    down_first = not learnt and halvings > 1 and kinds[1] == "haar"
+    blocks: list[int] = []
+    for kind in kinds:
+        if kind == "block":
+            blocks[-1] += 1
+        elif not (down_first and blocks):
+            blocks.append(0)
+    if learnt:
+        scale = math.isqrt(state["operations.0.conv_weights"].shape[0])
+        channels = width // scale**2
+    else:
+        scale = 2**halvings
+        channels = width // 4 ** kinds.index("block")
+    return {
+        "scale": scale,
+        "num_blocks": blocks,
+        "growth": state[f"{coupling}conv1.weight"].shape[0],
+        "channels": channels,
+        "small_channels": small,
+        "downsampling": "conv" if learnt else "haar",
+        "down_first": down_first,
     }
 
 
