@@ -30,8 +30,8 @@ _BY_CLASS = {
     "AutoencoderKLWan": "wan",
     "AutoencoderKLFlux2": "flux2",
 }
-_LIMIT = 256 * 256  # latent cells that are decoded at once where nothing is said
-_TILE = 128  # side of a tile beyond them
+DECODE_LIMIT = 256 * 256  # latent cells that are decoded at once where nothing is said
+DECODE_TILE = 128  # side of a tile beyond them
 
 
 def to_vae_space(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
@@ -111,8 +111,8 @@ def decode(
         image: Tensor = vae.decode(part[:, :, None] if video else part, return_dict=False)[0]
         return (image[:, :, 0] if video else image).float()
 
-    if tile is None and latents.shape[2] * latents.shape[3] > _LIMIT:
-        tile = _TILE
+    if tile is None and latents.shape[2] * latents.shape[3] > DECODE_LIMIT:
+        tile = DECODE_TILE
     with _without_overflow(vae):
         if tile is None:
             images = run(latents)
@@ -133,9 +133,14 @@ def family_of(pipe: Any) -> str | None:
     found = (_stated(config, "scaling_factor"), _stated(config, "shift_factor") or 0.0)
     if found[0] is None or _stated(config, "latents_mean") is not None:
         return None
-    for family, (channels, scale, shift) in FAMILIES.items():
-        same = abs(found[0] - scale) < 1e-4 and abs(found[1] - shift) < 1e-4
-        if same and channels == vae_channels(pipe):
+    return known_family(vae_channels(pipe), *found)
+
+
+def known_family(channels: int, scale: float, shift: float) -> str | None:
+    """Return the latent space that has these numbers; None where none known has."""
+    for family, numbers in FAMILIES.items():
+        same = abs(scale - numbers[1]) < 1e-4 and abs(shift - numbers[2]) < 1e-4
+        if same and channels == numbers[0]:
             return family
     return None
 

@@ -39,11 +39,7 @@ def in_tiles(
     Raises:
         ConfigError: a tile, overlap or batch that makes no sense.
     """
-    if tile < 1 or batch < 1 or not 0 <= overlap < tile:
-        raise ConfigError(
-            "upscaling.tile and batch must be at least 1 and overlap in [0, tile), but "
-            f"tile={tile}, overlap={overlap} and batch={batch} were given. Change them."
-        )
+    check_tiles(tile, overlap, batch)
     height, width = x.shape[2:]
     rows, columns = tile_starts(height, tile, overlap), tile_starts(width, tile, overlap)
     tall, wide = min(tile, height), min(tile, width)
@@ -71,6 +67,19 @@ def in_tiles(
     for (i, j), ramp in weight.items():
         covered[i * scale : (i + tall) * scale, j * scale : (j + wide) * scale] += ramp
     return (total / covered).to(kind)
+
+
+def check_tiles(tile: int, overlap: int, batch: int = 1) -> None:
+    """Check how something is to be tiled.
+
+    Raises:
+        ConfigError: a tile, overlap or batch that makes no sense.
+    """
+    if tile < 1 or batch < 1 or not 0 <= overlap < tile:
+        raise ConfigError(
+            "upscaling.tile and batch must be at least 1 and overlap in [0, tile), but "
+            f"tile={tile}, overlap={overlap} and batch={batch} were given. Change them."
+        )
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
