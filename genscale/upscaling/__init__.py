@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 _PUBLIC = {
     "ESPCN": "genscale.upscaling.espcn",
+    "IARN": "genscale.upscaling.iarn",
     "IRN": "genscale.upscaling.irn",
     "LUA": "genscale.upscaling.lua",
     "Interpolation": "genscale.upscaling.interpolation",
@@ -25,6 +26,7 @@ _PUBLIC = {
 
 __all__ = [
     "ESPCN",
+    "IARN",
     "IRN",
     "LUA",
     "Interpolation",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from genscale.upscaling.base import Upscaler
     from genscale.upscaling.collaborative import collaborative_downscale
     from genscale.upscaling.espcn import ESPCN
+    from genscale.upscaling.iarn import IARN
     from genscale.upscaling.interpolation import Interpolation
     from genscale.upscaling.irn import IRN
     from genscale.upscaling.latent_conventions import decode, to_vae_space

@@ -38,6 +38,9 @@ class IRN(Upscaler):
         growth: growth of the dense blocks.
         channels: channels of x.
         small_channels: channels of y; None for those of x. One gives a grey picture.
+        extra_latent_channels: channels of a second latent beside x, which is zero before
+            downscaling and trained to be zero again after upscaling, so that the small picture has
+            room to differ (dual latent variables, arXiv:2207.11844). 0 is IRN as published.
         downsampling: ``haar``, or ``conv``: a learnt mixing of the pixels of a square.
         down_first: halve as often as needed before the first block.
         clamp: bound of the logarithm of a coupling's factor.
@@ -60,6 +63,7 @@ class IRN(Upscaler):
         growth: int = 32,
         channels: int = 3,
         small_channels: int | None = None,
+        extra_latent_channels: int = 0,
         downsampling: Literal["haar", "conv"] = "haar",
         down_first: bool = False,
         clamp: float = 1.0,
@@ -69,6 +73,7 @@ class IRN(Upscaler):
         self.space, self.scales, self.channels = "pixel", (scale,), channels
         self.scale, self.image_channels = scale, channels
         self.small_channels = channels if small_channels is None else small_channels
+        self.extra_latent_channels = extra_latent_channels
         plan = _plan(scale, num_blocks, downsampling, down_first)
         if not 1 <= self.small_channels < channels * scale**2:
             raise ConfigError(
@@ -76,9 +81,14 @@ class IRN(Upscaler):
                 f"{channels * scale**2 - 1}, one less than all channels at scale {scale}; "
                 "change it."
             )
+        if extra_latent_channels < 0:
+            raise ConfigError(
+                f"extra_latent_channels must be 0 or more, but {extra_latent_channels} was given; "
+                "change it."
+            )
         self.channels = self.small_channels  # what is upscaled
         layers: list[Invertible] = []
-        width = channels
+        width = channels + extra_latent_channels
         for factor, blocks in plan:
             if factor > 1 and downsampling == "conv":
                 layers.append(ConvDownsampling(factor))
@@ -117,23 +127,38 @@ class IRN(Upscaler):
         Raises:
             DataError: other sides or channels.
         """
+        self._check_picture(x)
+        if self.extra_latent_channels:
+            x = torch.cat((x, x.new_zeros(len(x), self.extra_latent_channels, *x.shape[2:])), dim=1)
         out, _ = self.transform(x)
         return out[:, : self.small_channels], out[:, self.small_channels :]
 
     def restore(self, y: Tensor, z: Tensor) -> Tensor:
         """Return the picture that :meth:`downscale` maps to ``(y, z)``."""
+        return self.invert(y, z)[0]
+
+    def invert(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the picture ``(B, channels, H, W)`` behind ``(y, z)``, and the second latent.
+
+        The latter is ``(B, extra_latent_channels, H, W)``: zero where ``y`` and ``z`` are exactly
+        what :meth:`downscale` returned, something else where ``y`` was rounded or ``z`` drawn.
+
+        Raises:
+            DataError: shapes that do not belong together.
+        """
         if y.shape[1] != self.small_channels or tuple(z.shape[1:]) != self.latent_shape(y):
             raise DataError(
                 f"A small picture of shape {tuple(y.shape)} was given a latent of shape "
                 f"{tuple(z.shape)}, expected {self.small_channels} channels and "
                 f"(B, {', '.join(map(str, self.latent_shape(y)))}); give what downscale returns."
             )
-        return self.transform(torch.cat((y, z.to(y.dtype)), dim=1), inverse=True)[0]
+        out = self.transform(torch.cat((y, z.to(y.dtype)), dim=1), inverse=True)[0]
+        return out[:, : self.image_channels], out[:, self.image_channels :]
 
     def latent_shape(self, y: Tensor) -> tuple[int, int, int]:
         """Return the shape (channels, h, w) of one z beside small pictures ``y``."""
         return (
-            self.image_channels * self.scale**2 - self.small_channels,
+            self._all_channels * self.scale**2 - self.small_channels,
             y.shape[2],
             y.shape[3],
         )
@@ -142,7 +167,8 @@ class IRN(Upscaler):
         """Run the bijection.
 
         Args:
-            x: ``(B, channels, H, W)``, or y and z one behind the other for the inverse.
+            x: ``(B, channels + extra_latent_channels, H, W)``; for the inverse y and z, one behind
+                the other.
             inverse: the direction.
 
         Returns:
@@ -153,17 +179,22 @@ class IRN(Upscaler):
             raise ConfigError(
                 f"IRN was put into {self.dtype}, where its inverse is none; keep it in float32."
             )
-        if not inverse and (
-            x.dim() != 4
-            or x.shape[1] != self.image_channels
-            or any(side % self.scale for side in x.shape[2:])
-        ):
-            raise DataError(
-                f"IRN downscales pictures (B, {self.image_channels}, H, W) with sides that "
-                f"{self.scale} divides, but got {tuple(x.shape)}; pad or crop them first."
-            )
+        if not inverse:
+            self._check_picture(x, self._all_channels)
         out: tuple[Tensor, Tensor] = self.operations(x.to(self.dtype), inverse)
         return out
+
+    @property
+    def _all_channels(self) -> int:
+        return self.image_channels + self.extra_latent_channels
+
+    def _check_picture(self, x: Tensor, channels: int | None = None) -> None:
+        channels = self.image_channels if channels is None else channels
+        if x.dim() != 4 or x.shape[1] != channels or any(n % self.scale for n in x.shape[2:]):
+            raise DataError(
+                f"IRN downscales pictures (B, {channels}, H, W) with sides that "
+                f"{self.scale} divides, but got {tuple(x.shape)}; pad or crop them first."
+            )
 
 
 def _plan(

@@ -191,64 +191,81 @@ class InvBlock(Invertible):
     y1 = x1 + F(x2), s = clamp (2 sigmoid(H(y1)) - 1), y2 = x2 exp(s) + G(y1).
 
     Args:
-        channels: channels in all.
+        channels: channels that are coupled.
         split: channels of x1.
         growth: growth of the three dense blocks.
         clamp: bound of s.
+        given: channels behind these that all three dense blocks read besides, and that leave the
+            layer as they are.
     """
 
-    def __init__(self, channels: int, split: int, growth: int = 32, clamp: float = 1.0) -> None:
+    def __init__(
+        self, channels: int, split: int, growth: int = 32, clamp: float = 1.0, given: int = 0
+    ) -> None:
         super().__init__()
-        self.split, self.clamp = split, clamp
-        self.F = DenseBlock(channels - split, split, growth)
-        self.G = DenseBlock(split, channels - split, growth)
-        self.H = DenseBlock(split, channels - split, growth)
+        self.split, self.clamp, self.channels, self.given = split, clamp, channels, given
+        self.F = DenseBlock(channels - split + given, split, growth)
+        self.G = DenseBlock(split + given, channels - split, growth)
+        self.H = DenseBlock(split + given, channels - split, growth)
 
     def forward(self, x: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """Couple both parts, or undo it."""
-        first, second = x[:, : self.split], x[:, self.split :]
+        first, second, given = self._parts(x)
         if not inverse:
-            first = first + self.F(second)
-        s, shift = self._affine(first)
+            first = first + self.F(self._beside(second, given))
+        s, shift = self._affine(self._beside(first, given))
         if inverse:
             second = (second - shift) * torch.exp(-s)
-            first = first - self.F(second)
+            first = first - self.F(self._beside(second, given))
         else:
             second = second * torch.exp(s) + shift
         log_det = s.sum() / (-len(x) if inverse else len(x))
-        return torch.cat((first, second), dim=1), log_det
+        return torch.cat((first, second, given), dim=1), log_det
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x1, x2, and what is given."""
+        return x[:, : self.split], x[:, self.split : self.channels], x[:, self.channels :]
+
+    def _beside(self, part: Tensor, given: Tensor) -> Tensor:
+        return torch.cat((part, given), dim=1) if self.given else part
 
     def _affine(self, first: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logarithm of the factor on x2, and the shift."""
+        """Return the logarithm of the factor on x2, and the shift; ``first`` has what is given."""
         return self.clamp * (2.0 * torch.sigmoid(self.H(first)) - 1.0), self.G(first)
 
     def rebuild(self, out: Tensor, grad: Tensor, grad_log_det: Tensor, inverse: bool) -> Rebuilt:
         """Do as the base class says, with one evaluation of each dense block in place of two."""
-        first, second = out[:, : self.split], out[:, self.split :]
-        grad_first, grad_second = grad[:, : self.split], grad[:, self.split :]
+        first, second, given = self._parts(out)
+        grad_first, grad_second, grad_given = self._parts(grad)
         share = grad_log_det / len(out)
         found: dict[nn.Parameter, Tensor] = {}
         if inverse:  # from x1, x2 to y1 = x1 + F(x2), then y2
-            f = _Pulled(second, (self.F,), lambda x2: (self.F(x2),))
+            f = _Pulled(self._beside(second, given), (self.F,), lambda x2: (self.F(x2),))
             first = first + f.values[0]
-            grad_second = grad_second + f.pull(found, -grad_first)
-            affine = _Pulled(first, (self.H, self.G), self._affine)
+            of_second = f.pull(found, -grad_first)
+            grad_second = grad_second + of_second[:, : second.shape[1]]
+            affine = _Pulled(self._beside(first, given), (self.H, self.G), self._affine)
             s, shift = affine.values
             grad_s, grad_shift = -share - grad_second * second, -grad_second * torch.exp(-s)
             second, grad_second = second * torch.exp(s) + shift, -grad_shift
-            grad_first = grad_first + affine.pull(found, grad_s, grad_shift)
+            of_first = affine.pull(found, grad_s, grad_shift)
+            grad_first = grad_first + of_first[:, : self.split]
         else:  # from y1, y2 to x2 = (y2 - G(y1)) exp(-s), then x1
-            affine = _Pulled(first, (self.H, self.G), self._affine)
+            affine = _Pulled(self._beside(first, given), (self.H, self.G), self._affine)
             s, shift = affine.values
             second = (second - shift) * torch.exp(-s)
             through = grad_second * torch.exp(s)
-            grad_first = grad_first + affine.pull(found, share + through * second, grad_second)
-            f = _Pulled(second, (self.F,), lambda x2: (self.F(x2),))
+            of_first = affine.pull(found, share + through * second, grad_second)
+            grad_first = grad_first + of_first[:, : self.split]
+            f = _Pulled(self._beside(second, given), (self.F,), lambda x2: (self.F(x2),))
             first = first - f.values[0]
-            grad_second = through + f.pull(found, grad_first)
+            of_second = f.pull(found, grad_first)
+            grad_second = through + of_second[:, : second.shape[1]]
+        if self.given:
+            grad_given = grad_given + of_first[:, self.split :] + of_second[:, second.shape[1] :]
         return Rebuilt(
-            torch.cat((first, second), dim=1),
-            torch.cat((grad_first, grad_second), dim=1),
+            torch.cat((first, second, given), dim=1),
+            torch.cat((grad_first, grad_second, grad_given), dim=1),
             tuple(found[parameter] for parameter in self.trained()),
         )
 

@@ -40,12 +40,14 @@ class RescalingLoss(NamedTuple):
         fit: how far the small picture is from the reference.
         reconstruction: how far the picture rebuilt from 8 bits and a fresh z is from the original.
         latent: how far z is from a standard normal law.
+        extra: how far a rebuilt second latent is from zero; zero where there is none.
     """
 
     total: Tensor
     fit: Tensor
     reconstruction: Tensor
     latent: Tensor
+    extra: Tensor
 
 
 def rescaling_loss(
@@ -56,9 +58,11 @@ def rescaling_loss(
     original: Tensor,
     latent: Tensor,
     scale: int,
+    extra: Tensor | None = None,
     fit_weight: float | None = None,
     reconstruction_weight: float = 1.0,
     latent_weight: float = 1.0,
+    extra_weight: float = 1.0,
     eps: float = 1e-6,
 ) -> RescalingLoss:
     """Return IRN's loss; every term is summed over a picture and averaged over the batch.
@@ -70,9 +74,13 @@ def rescaling_loss(
         original: x, the same shape.
         latent: z ``(B, D, h, w)`` of the original.
         scale: H / h.
+        extra: the second latent that was rebuilt beside ``rebuilt``, of a network with
+            ``extra_latent_channels`` (arXiv:2207.11844; no program of it is public, and this term
+            follows its abstract).
         fit_weight: weight of |y - reference|^2; None for scale^2, as published.
         reconstruction_weight: weight of the sum of sqrt((x - x')^2 + eps).
         latent_weight: weight of |z|^2.
+        extra_weight: weight of |extra|^2.
         eps: under the root.
     """
     fit = _squared_norm(small.float() - reference.float())
@@ -81,8 +89,9 @@ def rescaling_loss(
         (scale**2 if fit_weight is None else fit_weight) * fit,
         reconstruction_weight * rebuilding.sum(1).mean(),
         latent_weight * _squared_norm(latent.float()),
+        fit.new_zeros(()) if extra is None else extra_weight * _squared_norm(extra.float()),
     )
-    return RescalingLoss(terms[0] + terms[1] + terms[2], *terms)
+    return RescalingLoss(terms[0] + terms[1] + terms[2] + terms[3], *terms)
 
 
 def _squared_norm(x: Tensor) -> Tensor:

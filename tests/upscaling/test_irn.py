@@ -22,6 +22,7 @@ from genscale.upscaling.irn_blocks import (
     Rebuilt,
     run_chain,
 )
+from genscale.upscaling.rescaling_losses import quantise
 
 KINDS = {
     "haar x2": {"scale": 2, "num_blocks": [2]},
@@ -30,6 +31,7 @@ KINDS = {
     "learnt x3": {"scale": 3, "num_blocks": [2], "downsampling": "conv"},
     "grey x2": {"scale": 2, "num_blocks": [2], "small_channels": 1},
 }
+DUAL = {"scale": 2, "num_blocks": [2], "extra_latent_channels": 2}
 
 
 def stirred(seed: int = 0, **settings: object) -> IRN:
@@ -59,6 +61,38 @@ def test_what_is_downscaled_is_restored(kind: str) -> None:
     assert tuple(z.shape[1:]) == model.latent_shape(y)
     # a learnt matrix that starts with the mean of 9 pixels in place of one amplifies rounding
     assert (back - x).abs().max() < (1e-4 if "learnt" in kind else 1e-5)
+
+
+def test_a_second_latent_comes_back_as_the_zeros_it_was() -> None:
+    model = stirred(**DUAL)
+    x = pictures(2, 3, 8, 12)
+    with torch.no_grad():
+        y, z = model.downscale(x)
+        back, extra = model.invert(y, z)
+        other, moved = model.invert(quantise(y), torch.zeros_like(z))
+    assert y.shape == (2, 3, 4, 6)
+    assert tuple(z.shape[1:]) == model.latent_shape(y) == (3 * 4 + 2 * 4 - 3, 4, 6)
+    assert (back - x).abs().max() < 1e-5
+    assert extra.abs().max() < 1e-5
+    # what was lost shows there, and that is what training makes small
+    assert moved.shape == (2, 2, 8, 12)
+    assert moved.abs().max() > 1e-3
+    assert torch.equal(other, model.restore(quantise(y), torch.zeros_like(z)))
+    assert torch.equal(model(quantise(y), 2), other)
+
+
+def test_without_a_second_latent_nothing_changes() -> None:
+    plain, none = (
+        stirred(**KINDS["haar x2"]),
+        IRN(**DUAL | {"growth": 4, "extra_latent_channels": 0}),
+    )
+    none.load_state_dict(plain.state_dict())
+    x = pictures(2, 3, 8, 8)
+    assert torch.equal(plain.transform(x)[0], none.transform(x)[0])
+    y, z = none.downscale(x)
+    assert none.invert(y, z)[1].numel() == 0
+    with pytest.raises(ConfigError, match="extra_latent_channels must be 0 or more"):
+        IRN(scale=2, num_blocks=[1], extra_latent_channels=-1)
 
 
 def test_a_new_model_averages_squares() -> None:

@@ -150,6 +150,19 @@ def test_rescaling_terms_are_sums_of_a_picture() -> None:
     torch.testing.assert_close(loss.reconstruction, torch.tensor(768.0 * math.sqrt(1 + 1e-6)))
     assert loss.latent == 45 * 16 * 0.25
     torch.testing.assert_close(loss.total, loss.fit + loss.reconstruction + loss.latent)
+    assert loss.extra == 0
+    dual = rescaling_loss(
+        small=ones,
+        reference=ones,
+        rebuilt=ones,
+        original=ones,
+        latent=0 * ones,
+        scale=1,
+        extra=0.5 * ones,
+        extra_weight=3.0,
+    )
+    assert dual.extra == 3.0 * 48 * 0.25
+    torch.testing.assert_close(dual.total, dual.reconstruction + dual.extra)
 
 
 def test_a_rescaler_learns_to_rebuild_what_8_bits_keep() -> None:
