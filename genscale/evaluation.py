@@ -99,6 +99,7 @@ def describe(
         sampler=sampler.label
         + _cached(pipeline)
         + ("" if pipeline.references is None else f", {pipeline.references.label}")
+        + ("" if pipeline.size is None else ", at {}x{}".format(*pipeline.size))
         + ("" if search is None else f", {search}"),
         steps=sampler.num_steps,
         nfe=nfe,

@@ -11,6 +11,7 @@ Models of clips make clips ``(8, C, T, H, W)``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -53,6 +54,7 @@ from genscale.samplers.step_cache import NoStepCache, StepCache
 from genscale.search.base import SearchResult
 from genscale.search.cost import StepCosts, step_costs
 from genscale.search.setup import SearchSetup, requests_of, work_of
+from genscale.sizes import Size, as_size, shape_at
 from genscale.text_cache import TextCache
 from genscale.weak_models import WeakModels
 
@@ -75,6 +77,7 @@ class GenerationPipeline:
         frame_rate: frames a second that clips are to have where none are given; None: not known.
         precision: dtype of network and decoder; solver states stay float32.
         step_cache: reuse of the network's features between steps; None reuses nothing.
+        size: height and width of the pictures in pixels, or the side of squares; None: as trained.
 
     Attributes:
         config: the resolved config it was built from, empty where there is none.
@@ -99,6 +102,7 @@ class GenerationPipeline:
         frame_rate: float | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
         step_cache: StepCache | None = None,
+        size: int | Sequence[int] | None = None,
     ) -> None:
         self.model = model
         self.autoencoder = autoencoder
@@ -118,6 +122,7 @@ class GenerationPipeline:
         self.references: References | None = None
         self._offloaded: OffloadedDecoder | None = None
         self.set_precision(precision)
+        self.set_size(size)
 
     def set_precision(self, precision: str) -> None:
         """Choose the dtype of network and decoder: ``float32`` or ``bfloat16``."""
@@ -126,6 +131,28 @@ class GenerationPipeline:
                 f"precision must be float32 or bfloat16, but {precision!r} was given."
             )
         self.precision = precision
+
+    def set_size(self, size: int | Sequence[int] | None) -> None:
+        """Make pictures of another size from now on, in pixels; None: the trained one.
+
+        Raises:
+            ConfigError: the network cannot work at that size.
+        """
+        asked = None if size is None else as_size(size)
+        if asked is not None:
+            shape = shape_at(self.model, self.autoencoder.downsample, asked)
+            asked = None if shape == self.model.sample_shape else asked
+        self.size: Size | None = asked
+
+    def at(self, size: int | Sequence[int] | None) -> GenerationPipeline:
+        """Return this pipeline for pictures of another size; networks are shared.
+
+        Raises:
+            ConfigError: the network cannot work at that size.
+        """
+        other = copy.copy(self)
+        other.set_size(size)
+        return other
 
     @classmethod
     def from_run(
@@ -225,9 +252,16 @@ class GenerationPipeline:
         return len(self.model.sample_shape) == 4
 
     @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of what the network models: ``(C, H, W)``, of clips ``(C, T, H, W)``."""
+        if self.size is None:
+            return self.model.sample_shape
+        return shape_at(self.model, self.autoencoder.downsample, self.size)
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
         """Shape ``(C, H, W)`` of a finished picture, or ``(C, T, H, W)`` of a clip."""
-        channels, *frames, height, width = self.model.sample_shape
+        channels, *frames, height, width = self.sample_shape
         if frames:  # a sampler may make longer clips than those of the training
             length = self.sampler.noise_shape(self.model)[1]
             frames = [self.autoencoder.latent_to_frames(length)]
@@ -269,7 +303,7 @@ class GenerationPipeline:
 
     def _view(self, solver: Sampler) -> Any:
         """Return the network's view, with step caching as this solver's steps want it."""
-        view = self.objective.view(self.model, self.autoencoder)
+        view = self.objective.view(self.model, self.autoencoder, shape=self.sample_shape)
         if self.objective.family == "scale_wise":
             return view
         if not isinstance(solver, GridSampler):
@@ -284,6 +318,7 @@ class GenerationPipeline:
         *,
         sampler: Sampler | None = None,
         guidance: Guidance | None = None,
+        size: int | Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run one batch of trajectories and decode it.
 
@@ -292,11 +327,14 @@ class GenerationPipeline:
             seeds: ``(B,)`` int64; a sample is a function of its seed and condition.
             sampler: default is the pipeline's.
             guidance: default is the pipeline's.
+            size: of the pictures in pixels; default is the pipeline's.
 
         Returns:
             images ``(B, C, H, W)``, or clips ``(B, C, T, H, W)``, float32 in about [-1, 1], and
             network evaluations ``(B,)``.
         """
+        if size is not None:
+            return self.at(size).sample(cond, seeds, sampler=sampler, guidance=guidance)
         solver = sampler or self.sampler
         guided = self._guidance(guidance, solver)
         view = guided.wrap(self._view(solver))
@@ -369,7 +407,7 @@ class GenerationPipeline:
                 cond,
                 seeds,
                 requests=requests_of(captions, cond.labels, len(seeds)),
-                work=work_of(self.model, solver, precision=self.precision),
+                work=work_of(self.model, solver, precision=self.precision, shape=self.sample_shape),
             )
 
     def step_costs(self, cond: Conditioning) -> StepCosts:
@@ -478,14 +516,17 @@ class GenerationPipeline:
         batch_size: int = 64,
         sampler: Sampler | None = None,
         guidance: Guidance | None = None,
+        size: int | Sequence[int] | None = None,
     ) -> Tensor:
         """Return ``num_samples`` images, uint8 ``(n, C, [T,] H, W)``; see :meth:`stream`.
 
-        ``num_samples`` may be left out where ``prompts`` are given: then one for each.
+        ``num_samples`` may be left out where ``prompts`` are given: then one for each. ``size`` is
+        that of the pictures in pixels, where it is not the pipeline's.
         """
         if num_samples is None:
             num_samples = len(prompts or ())
-        batches = self.stream(
+        maker = self if size is None else self.at(size)
+        batches = maker.stream(
             num_samples=num_samples,
             labels=labels,
             prompts=prompts,

@@ -29,6 +29,10 @@ class Trained(Protocol):
     origin: Origin | None
 
     @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of what it is asked to make."""
+
+    @property
     def device(self) -> torch.device:
         """Where the network is."""
 
@@ -78,11 +82,16 @@ class WeakModels:
         """Return autoguidance with its weak model on the main one's device; others as they are."""
         if isinstance(guidance, DynamicThreshold):
             return guidance.around(self.lead(guidance.guidance, main))
-        if not isinstance(guidance, Autoguidance) or guidance.weak is not None:
+        if not isinstance(guidance, Autoguidance):
+            return guidance
+        shape = main.sample_shape
+        if guidance.weak is not None and (
+            guidance.weak.sample_shape == shape or guidance.settings not in self._known
+        ):
             return guidance
         weak = self.find(guidance.settings, main)
         weak.model.to(main.device)  # type: ignore[arg-type]
-        return guidance.led_by(weak.objective.view(weak.model), weak.name)
+        return guidance.led_by(weak.objective.view(weak.model, shape=shape), weak.name)
 
     def _checked(self, settings: WeakSettings, main: Trained) -> WeakModel:
         run, checkpoint = settings.run, settings.checkpoint

@@ -94,6 +94,25 @@ class Backbone(ModelMixin, ConfigMixin):
         sides = (size, size) if isinstance(size, int) else tuple(size)
         return (self.config["in_channels"], *sides)
 
+    @property
+    def size_step(self) -> tuple[int, int]:
+        """What height and width of an input must be multiples of; the default is the patch."""
+        patch = self.config.get("patch_size", 1)
+        sides = (patch, patch) if isinstance(patch, int) else tuple(patch)
+        return sides[-2], sides[-1]
+
+    def size_problem(self, height: int, width: int) -> str | None:
+        """Return why inputs of other sides cannot be read, though :attr:`size_step` divides them.
+
+        Args:
+            height: rows of the input.
+            width: its columns.
+
+        Returns:
+            the second half of a sentence, with what to do; None where they can.
+        """
+        return None
+
     def example(self, shape: tuple[int, ...], device: torch.device | str) -> tuple[Any, ...]:
         """Return arguments of :meth:`forward` for one sample, to count operations with."""
         x = torch.empty(1, *shape, device=device)
@@ -191,6 +210,11 @@ class ScaleBackbone(Backbone):
     def sample_shape(self) -> tuple[int, ...]:
         """Shape ``(Cv, H, W)`` of the running latent: the last scale's."""
         return (int(self.config["latent_channels"]), *self.scales[-1])
+
+    @property
+    def size_step(self) -> tuple[int, int]:
+        """One cell: scales are of any size."""
+        return 1, 1
 
     def example(self, shape: tuple[int, ...], device: torch.device | str) -> tuple[Any, ...]:
         """Return the features of all scales of one sample; ``shape`` is that of the latent."""

@@ -59,6 +59,11 @@ def place_references(cfg: DictConfig, pipeline: GenerationPipeline, data: Any) -
             "base=<run of a smaller model>, or base=data to enlarge reduced held-out data."
         )
     if base == "data":
+        if pipeline.size is not None:
+            raise ConfigError(
+                f"size={list(pipeline.size)} was given, but base=data enlarges pictures of the "
+                "trained size alone. Leave size out, or give base=<run of a smaller model>."
+            )
         module = data()
         held_out = module.train if module.heldout is None else module.heldout
         pipeline.references = ReducedData(held_out, low, level, device=pipeline.device)
@@ -71,6 +76,8 @@ def place_references(cfg: DictConfig, pipeline: GenerationPipeline, data: Any) -
             "of a model that starts from noise alone."
         )
     smaller.set_precision(pipeline.precision)
+    if pipeline.size is not None:
+        smaller.set_size([side // low.factor for side in pipeline.size])
     pipeline.references = BaseSamples(
         smaller, pipeline.image_shape, low, level, name=str(smaller.origin or base)
     )

@@ -166,6 +166,7 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
         "labels": law,
         "prompts": None if pipeline.text is None else str(cfg.prompts or "held-out captions"),
         "seed": cfg.seed,
+        "size": list(pipeline.image_shape[-2:]),
         "sampler": sampler,
         "guidance": guidance,
         "step_cache": pipeline.step_cache.label,

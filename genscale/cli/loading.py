@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from genscale.pipeline import GenerationPipeline, exported_config
 from genscale.run_weights import is_exported
 from genscale.runs import RunFolder, new_folder
 from genscale.sample_conditions import check_frame_rate
+from genscale.sizes import size_hint
 from genscale.text_cache import TextCache
 
 _NEXT_SCALE = "genscale.samplers.next_scale.NextScale"
@@ -75,6 +77,7 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
     )
     pipeline.sampler = instantiate(OmegaConf.create(sampler), "sampler")
     asked = instantiate(OmegaConf.create(guidance), "guidance")
+    _place_size(cfg, pipeline)
     problems = combination_problems(
         OmegaConf.create(own["model"]), pipeline.objective, asked, pipeline.sampler
     )
@@ -97,6 +100,20 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
     if cfg.get("offload"):
         pipeline.offload()
     return pipeline, _as_json(sampler), _as_json(guidance)
+
+
+def _place_size(cfg: DictConfig, pipeline: GenerationPipeline) -> None:
+    """Let the pipeline make pictures of the size asked for, and say where it is a bold one."""
+    size = cfg.get("size")
+    if size is None:
+        return
+    trained = pipeline.image_shape[-2:]
+    pipeline.set_size(OmegaConf.to_container(size) if OmegaConf.is_config(size) else size)
+    if pipeline.size is None or cfg.get("resolution") is not None:
+        return
+    hint = size_hint((trained[0], trained[1]), pipeline.size)
+    if hint is not None:
+        sys.stderr.write(f"{hint}\n")
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:

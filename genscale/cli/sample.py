@@ -69,6 +69,7 @@ def run(cfg: DictConfig) -> None:
             "prompts": None if captions is None else list(dict.fromkeys(captions)),
             "negative_prompt": cfg.negative_prompt,
             "seed": cfg.seed,
+            "size": list(pipeline.image_shape[-2:]),
             "sampler": sampler,
             "guidance": guidance,
             "step_cache": pipeline.step_cache.label,

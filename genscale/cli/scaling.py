@@ -148,7 +148,9 @@ def _search_node(name: str) -> dict[str, Any]:
 def _settings(cfg: DictConfig, sampler: dict[str, Any], guidance: dict[str, Any]) -> dict[str, Any]:
     """Return what must be equal for two cells to stand in one study."""
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    return {name: plain[name] for name in _PARTS} | {"sampler": sampler, "guidance": guidance}
+    known = {name: plain[name] for name in _PARTS} | {"sampler": sampler, "guidance": guidance}
+    # only where it is asked for: studies that were begun before there was a choice go on
+    return known if plain["size"] is None else known | {"size": plain["size"]}
 
 
 def _folder(cfg: DictConfig, settings: dict[str, Any]) -> Path:

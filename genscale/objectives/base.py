@@ -277,12 +277,16 @@ class Objective(ABC):
         """Compute the training loss of a batch; noise and time come from ``rng`` alone."""
 
     @abstractmethod
-    def view(self, backbone: Backbone, tokenizer: Any = None) -> Any:
+    def view(
+        self, backbone: Backbone, tokenizer: Any = None, *, shape: tuple[int, ...] | None = None
+    ) -> Any:
         """Return the generator view of a trained backbone.
 
         Args:
             backbone: the network.
             tokenizer: :class:`ScaleTokens` of a scale-wise model; others do not look at it.
+            shape: of the samples to be made, where they are to have another size than the
+                backbone's ``sample_shape``.
 
         Returns:
             a :class:`Denoiser` or a :class:`ScaleDecoder`, as the family is.

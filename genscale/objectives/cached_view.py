@@ -29,19 +29,26 @@ class CachedView(NetworkView):
         process: see :class:`~genscale.objectives.network.NetworkView`.
         target: see there.
         time_input: see there.
+        shape: see there.
 
     Attributes:
         block_size: frames that go together.
-        sample_shape: ``(C, F, H, W)`` of the clips it was trained on; videos may be longer.
+        sample_shape: ``(C, F, H, W)``, F as it was trained; videos may be longer.
 
     Raises:
         ConfigError: a network that is not block-causal.
     """
 
     def __init__(
-        self, backbone: Backbone, process: NoiseProcess, target: Target, time_input: TimeInput
+        self,
+        backbone: Backbone,
+        process: NoiseProcess,
+        target: Target,
+        time_input: TimeInput,
+        *,
+        shape: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__(backbone, process, target, time_input)
+        super().__init__(backbone, process, target, time_input, shape=shape)
         self.block_size = block_size_of(backbone)
         self._begin: Any = getattr(backbone, "begin", None)
 

@@ -152,7 +152,9 @@ class DenoisingObjective(Objective):
         result = self._compare(backbone, output, target, time, scale)
         return self.complete_loss(result, output, clean, x, time)
 
-    def view(self, backbone: Backbone, tokenizer: Any = None) -> NetworkView:
+    def view(
+        self, backbone: Backbone, tokenizer: Any = None, *, shape: tuple[int, ...] | None = None
+    ) -> NetworkView:
         """Return the generator view of a trained backbone."""
         return NetworkView(
             backbone,
@@ -161,6 +163,7 @@ class DenoisingObjective(Objective):
             self.time_input,
             sigma_data=self.sigma_data,
             sigma_in=self.sigma_in,
+            shape=shape,
         )
 
     def _compare(

@@ -208,9 +208,11 @@ class DiffusionForcing(DenoisingObjective):
         place = (time[..., None] - table.sigmas.to(time.device)).abs().argmin(-1)
         return table.weights.to(time.device)[place].float()
 
-    def view(self, backbone: Backbone, tokenizer: Any = None) -> CachedView:
+    def view(
+        self, backbone: Backbone, tokenizer: Any = None, *, shape: tuple[int, ...] | None = None
+    ) -> CachedView:
         """Return the generator view of a trained backbone, which remembers earlier frames."""
-        return CachedView(backbone, self.process, self.target, self.time_input)
+        return CachedView(backbone, self.process, self.target, self.time_input, shape=shape)
 
 
 def frame_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class NetworkView(Denoiser):
         time_input: which number it is fed.
         sigma_data: standard deviation of the data, for the target ``edm``.
         sigma_in: its input scale; the network is told of sigma / sigma_in.
+        shape: of the samples to be made; default is the network's ``sample_shape``.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class NetworkView(Denoiser):
         *,
         sigma_data: float = 0.5,
         sigma_in: float = 1.0,
+        shape: tuple[int, ...] | None = None,
     ) -> None:
         parameter = next(backbone.parameters())
         self.backbone = backbone
@@ -54,7 +56,7 @@ class NetworkView(Denoiser):
         self.time_input = time_input
         self.sigma_data = sigma_data
         self.sigma_in = sigma_in
-        self.sample_shape = backbone.sample_shape
+        self.sample_shape = shape or backbone.sample_shape
         self.device = parameter.device
         self.dtype = parameter.dtype
 

@@ -74,7 +74,9 @@ class NextScale(Objective):
         time = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
         return LossOutput(per_sample.mean(), terms, per_sample.detach(), time)
 
-    def view(self, backbone: Backbone, tokenizer: Any = None) -> ScaleView:
+    def view(
+        self, backbone: Backbone, tokenizer: Any = None, *, shape: tuple[int, ...] | None = None
+    ) -> ScaleView:
         """Return the generator view; see :class:`~genscale.objectives.scale_view.ScaleView`."""
         assert isinstance(backbone, ScaleBackbone)
         return ScaleView(backbone, tokenizer)

@@ -94,9 +94,11 @@ class SelfForcing(Objective):
         self.time_range = (float(time_range[0]), float(time_range[1]))
         self.time_input: TimeInput = time_input
 
-    def view(self, backbone: Backbone, tokenizer: Any = None) -> CachedView:
+    def view(
+        self, backbone: Backbone, tokenizer: Any = None, *, shape: tuple[int, ...] | None = None
+    ) -> CachedView:
         """Return the generator view, which remembers earlier frames."""
-        return CachedView(backbone, self.process, "velocity", self.time_input)
+        return CachedView(backbone, self.process, "velocity", self.time_input, shape=shape)
 
     def loss(self, backbone: Backbone, batch: Batch, rng: StepRandom) -> LossOutput:
         """Refuse to train one network alone.

@@ -143,7 +143,13 @@ def requests_of(captions: Sequence[str] | None, labels: Tensor | None, count: in
     ]
 
 
-def work_of(model: Backbone, sampler: Sampler, *, precision: str = "float32") -> Work:
+def work_of(
+    model: Backbone,
+    sampler: Sampler,
+    *,
+    precision: str = "float32",
+    shape: tuple[int, ...] | None = None,
+) -> Work:
     """Return the operations and tokens of every step of a sampler.
 
     Of scale-wise models each scale has its share of the whole pass by its tokens; attention, whose
@@ -153,13 +159,15 @@ def work_of(model: Backbone, sampler: Sampler, *, precision: str = "float32") ->
         model: the network.
         sampler: whose steps.
         precision: dtype in which the network computes, ``float32`` or ``bfloat16``.
+        shape: of one sample; default is the network's ``sample_shape``.
     """
-    whole = float(model.flops())
+    shape = shape or model.sample_shape
+    whole = float(model.flops(shape))
     if isinstance(model, ScaleBackbone):
         tokens = torch.tensor([float(h * w) for h, w in model.scales], dtype=torch.float64)
         flops = whole * tokens / tokens.sum()
     else:
-        _, *sides = model.sample_shape
+        _, *sides = shape
         patch = model.config.get("patch_size") or 1
         patches = [patch] * len(sides) if isinstance(patch, int) else list(patch)
         if len(patches) != len(sides):
