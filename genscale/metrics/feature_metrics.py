@@ -15,7 +15,8 @@ from genscale.metrics.comparison import MEASURES, MeasureSettings, SetComparison
 from genscale.metrics.features import FeatureNetwork
 from genscale.metrics.keyed import KeyedMetric
 from genscale.metrics.moments import Moments
-from genscale.metrics.network_reference import NetworkReference
+from genscale.metrics.network_reference import SPATIAL, NetworkReference
+from genscale.metrics.patches import PatchFeatures
 
 _MOMENTS = ("count", "mean", "scatter")
 
@@ -74,6 +75,19 @@ class FeatureMetrics(KeyedMetric):
     def network(self) -> FeatureNetwork:
         """The feature network."""
         return self._network[0]
+
+    @property
+    def reads_spatial(self) -> bool:
+        """Whether a measure needs the spatial features of sFID."""
+        return any(MEASURES[measure].taps == SPATIAL for measure in self.measures)
+
+    def of_patches(self, patch: tuple[int, int]) -> FeatureMetrics:
+        """Return the same measures of patches of pictures; itself if its network cuts them up."""
+        network = self.network
+        if network.per_frame or network.whole_clips:
+            return self
+        cut = PatchFeatures(network, patch, name=network.name)
+        return FeatureMetrics(cut, self.measures, settings=self.settings)
 
     def missing(self, measure: str) -> str:
         """Return what the reference lacks for a measure, as a reason; empty if nothing."""
@@ -166,7 +180,7 @@ class FeatureMetrics(KeyedMetric):
             started = time.perf_counter()
             values[name], details = comparison.measure(name)
             if self.network.per_frame:
-                details["clips"] = self.num_samples
+                details[self.network.set_of] = self.num_samples
             if self.num_duplicates:
                 details["duplicates_dropped"] = self.num_duplicates
             details["seconds"] = round(time.perf_counter() - started, 3)

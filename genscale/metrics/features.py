@@ -27,7 +27,9 @@ class FeatureNetwork(nn.Module, ABC):
         resize: what happens to the size of a picture first, as protocols call it.
         learns_from_labels: the network has to be fitted to a labelled training split.
         gives_maps: :meth:`maps` can be asked, for losses.
-        per_frame: taps are ``(B, frames, length)``: each frame of a clip is a vector of its set.
+        per_frame: taps are ``(B, frames, length)``: each frame of a clip, or each patch of a
+            picture, is a vector of its set.
+        set_of: what is cut up so, as details count it.
         whole_clips: a vector tells of a clip as a whole, as FVD and KVD need it.
     """
 
@@ -38,6 +40,7 @@ class FeatureNetwork(nn.Module, ABC):
     learns_from_labels: bool = False
     gives_maps: bool = False
     per_frame: bool = False
+    set_of: str = "clips"
     whole_clips: bool = False
 
     @property

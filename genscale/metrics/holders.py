@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -17,22 +18,26 @@ from genscale.metrics.names import (
     OF_CAPTIONS,
     OF_CLIPS,
     OF_LABELS,
+    OF_PICTURES,
     OF_TRACKS,
     PlannedMetric,
 )
+from genscale.metrics.picture_measures import PictureMeasure, PictureMetrics
 from genscale.metrics.pixels import Pixels
 from genscale.metrics.protocol import EvalProtocol
 from genscale.metrics.scene_agreement import SceneAgreement
+from genscale.metrics.single import SampleMetrics
 from genscale.metrics.tracking_agreement import TrackingAgreement
 from genscale.metrics.video.measures import ClipMeasure, ClipMetrics
 
-Holder = FeatureMetrics | LabelMetrics | CaptionedMetric | ClipMetrics
+Holder = FeatureMetrics | LabelMetrics | CaptionedMetric | SampleMetrics
 
 
 def build_holders(
     planned: Mapping[str, Sequence[str]],
     features: Sequence[FeatureNetwork],
     clip_measures: Sequence[ClipMeasure],
+    picture_measures: Sequence[PictureMeasure] = (),
     *,
     settings: MeasureSettings,
     keep_features: bool,
@@ -44,6 +49,7 @@ def build_holders(
         planned: names of measures by network, see :mod:`genscale.metrics.names`.
         features: feature networks.
         clip_measures: measures of single clips.
+        picture_measures: measures of single pictures.
         settings: numbers of the measures.
         keep_features: keep features also where moments are enough.
         max_judge_images: pictures a judge is trained on, at most.
@@ -62,7 +68,42 @@ def build_holders(
         holders[OF_TRACKS] = TrackingAgreement(measures)
     if measures := planned.get(OF_CLIPS):
         holders[OF_CLIPS] = ClipMetrics([each for each in clip_measures if each.name in measures])
+    if measures := planned.get(OF_PICTURES):
+        holders[OF_PICTURES] = PictureMetrics(
+            [each for each in picture_measures if each.name in measures]
+        )
     return holders
+
+
+def fit_judge(
+    holder: Holder,
+    train: tuple[Tensor | None, Tensor | None],
+    heldout: tuple[Tensor | None, ...],
+    patch: tuple[int, int] | None,
+) -> dict[str, str]:
+    """Let measures by labels train their judge on real pictures with labels.
+
+    Args:
+        holder: of measures by labels; of others nothing is done.
+        train: pictures and labels to learn from.
+        heldout: pictures and labels to score on.
+        patch: height and width of real pictures that are smaller than samples; None: as large.
+
+    Returns:
+        reasons by measure: what cannot be computed; under the empty name: nothing can.
+    """
+    if not isinstance(holder, LabelMetrics):
+        return {}
+    images, labels = train
+    if images is None or labels is None:
+        return {"": "the reference has no labels"}
+    if patch is not None:
+        return {"": "the judge of labels knows pictures of the data's size"}
+    holder.fit_judge(images, labels, *heldout)
+    if None not in heldout:
+        return {}
+    reason = "the reference has no held-out pictures with labels"
+    return {name: reason for name in holder.measures if name != "label_agreement"}
 
 
 def feed(
@@ -77,7 +118,7 @@ def feed(
     """Show a holder samples with what it reads of them, on ``device`` where networks run."""
     if isinstance(holder, FeatureMetrics):
         holder.update(images.to(device), sample_ids)
-    elif isinstance(holder, ClipMetrics):
+    elif isinstance(holder, SampleMetrics):
         holder.update(images.to(device), captions, sample_ids)
     elif isinstance(holder, CaptionedMetric):
         holder.update(images, captions, sample_ids)
@@ -93,8 +134,17 @@ def tell_frame_rate(holders: Iterable[Holder], protocol: EvalProtocol | None) ->
             holder.frame_rate = rate
 
 
+def warn_left_out(skipped: Mapping[str, str], warned: set[str]) -> None:
+    """Say of every reason which metrics are left out for it, once as long as ``warned`` lives."""
+    for reason in dict.fromkeys(skipped.values()):
+        names = ", ".join(name for name, why in skipped.items() if why == reason)
+        if names not in warned:
+            warned.add(names)
+            warnings.warn(f"Left out of the evaluation: {names}, as {reason}.", stacklevel=3)
+
+
 def lacking(holder: Holder, planned: PlannedMetric, values: dict[str, float]) -> str:
     """Return why a metric is not among the values its holder computed, as a reason."""
-    if isinstance(holder, ClipMetrics):
+    if isinstance(holder, SampleMetrics):
         return holder.reasons[planned.measure]
     return planned.lacking(values)

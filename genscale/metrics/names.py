@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from genscale.errors import ConfigError, did_you_mean
@@ -26,6 +26,7 @@ I3D_NAMES = ("fvd", "kvd")
 # in place of a network's name: measures that read the labels, or the captions, of samples, and
 # those that give each clip a number of its own
 OF_LABELS, OF_CAPTIONS, OF_TRACKS, OF_CLIPS = "", "captions", "tracks", "clips"
+OF_PICTURES = "pictures"  # the same of each picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,8 @@ class PlannedMetric:
         name: as the user wrote it.
         measure: what is computed.
         network: name of the feature network; :data:`OF_LABELS`, :data:`OF_CAPTIONS`,
-            :data:`OF_TRACKS` or :data:`OF_CLIPS` for measures that need none.
+            :data:`OF_TRACKS`, :data:`OF_CLIPS` or :data:`OF_PICTURES` for measures that need
+            none.
     """
 
     name: str
@@ -46,7 +48,7 @@ class PlannedMetric:
     @property
     def has_reference(self) -> bool:
         """Whether samples are compared with real pictures."""
-        if self.network in (OF_LABELS, OF_CAPTIONS, OF_TRACKS, OF_CLIPS):
+        if self.network in (OF_LABELS, OF_CAPTIONS, OF_TRACKS, OF_CLIPS, OF_PICTURES):
             return self.network == OF_LABELS
         return bool(MEASURES[self.measure].reference)
 
@@ -58,7 +60,10 @@ class PlannedMetric:
 
 
 def plan_metrics(
-    names: Sequence[str], networks: Sequence[str], of_clips: Sequence[str] = ()
+    names: Sequence[str],
+    networks: Sequence[str],
+    of_clips: Sequence[str] = (),
+    of_pictures: Sequence[str] = (),
 ) -> list[PlannedMetric]:
     """Say what each metric means; see :class:`genscale.metrics.suite.EvaluationSuite`.
 
@@ -66,6 +71,7 @@ def plan_metrics(
         names: names of metrics.
         networks: names of the feature networks, the main one first.
         of_clips: names of the measures of single clips.
+        of_pictures: names of the measures of single pictures.
 
     Raises:
         ConfigError: if a name is unknown, comes twice, or its network is missing.
@@ -74,12 +80,13 @@ def plan_metrics(
         twice = sorted({name for name in each if list(each).count(name) > 1})
         if twice:
             raise ConfigError(f"'{twice[0]}' stands twice in {what}. Name every entry once.")
-    return [PlannedMetric(name, *_meaning(name, networks, of_clips)) for name in names]
+    single = dict.fromkeys(of_clips, OF_CLIPS) | dict.fromkeys(of_pictures, OF_PICTURES)
+    return [PlannedMetric(name, *_meaning(name, networks, single)) for name in names]
 
 
-def _meaning(name: str, networks: Sequence[str], of_clips: Sequence[str]) -> tuple[str, str]:
-    if name in of_clips:
-        return name, OF_CLIPS
+def _meaning(name: str, networks: Sequence[str], single: Mapping[str, str]) -> tuple[str, str]:
+    if name in single:
+        return name, single[name]
     if name in LABEL_MEASURES:
         return name, OF_LABELS
     if name in SCENE_MEASURES:
@@ -116,7 +123,7 @@ def _meaning(name: str, networks: Sequence[str], of_clips: Sequence[str]) -> tup
         if measure != name and measure in MEASURES:
             return measure, network
     combined = [f"{measure}_{network}" for measure in MEASURES for network in networks]
-    special = [*INCEPTION_NAMES, *LABEL_MEASURES, *SCENE_MEASURES, *TRACK_MEASURES, *of_clips]
+    special = [*INCEPTION_NAMES, *LABEL_MEASURES, *SCENE_MEASURES, *TRACK_MEASURES, *single]
     known = list(dict.fromkeys([*MEASURES, *special, *combined]))
     raise ConfigError(
         f"'{name}' is no metric. A metric is a measure ({', '.join(MEASURES)}), alone or with the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -157,3 +158,16 @@ def reference_from_file(
             f"'{network.name}'. Give another file."
         )
     return reference_from_images(network, found.images, spatial=spatial, batch_size=batch_size)
+
+
+def facts_of(found: ReferenceFile) -> dict[str, Any]:
+    """Return the fields of a protocol that tell a reference file."""
+    counted = found.statistics.get("mu")
+    pictures = 0 if found.images is None else len(found.images)
+    return {
+        "reference": found.name,
+        "reference_sha256": found.sha256,
+        "reference_split": found.origin.split if found.origin else "",
+        "reference_crop": found.origin.crop if found.origin else "",
+        "reference_count": pictures if counted is None else counted.count,
+    }

@@ -18,8 +18,8 @@ from genscale.metrics.holders import Holder
 from genscale.metrics.label_metrics import LabelMetrics
 from genscale.metrics.names import PlannedMetric
 from genscale.metrics.protocol import EvalProtocol
+from genscale.metrics.single import SampleMetrics
 from genscale.metrics.video.clips import ClipNetwork
-from genscale.metrics.video.measures import ClipMetrics
 
 
 def result_protocol(
@@ -56,7 +56,7 @@ def result_protocol(
             "resize": "none",
             "settings": holder.settings,
         }
-    elif isinstance(holder, ClipMetrics):
+    elif isinstance(holder, SampleMetrics):
         measure = holder.by_name[planned.measure]
         facts |= {
             "features": measure.description,

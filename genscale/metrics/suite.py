@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,27 @@ from genscale.metrics.clip_protocol import ClipProtocol
 from genscale.metrics.comparison import MEASURES, MeasureSettings
 from genscale.metrics.feature_metrics import FeatureMetrics
 from genscale.metrics.features import FeatureNetwork, Watch, check_samples
-from genscale.metrics.holders import build_holders, feed, lacking, tell_frame_rate
-from genscale.metrics.label_metrics import LabelMetrics
-from genscale.metrics.names import OF_CLIPS, OF_LABELS, plan_metrics
+from genscale.metrics.holders import (
+    build_holders,
+    feed,
+    fit_judge,
+    lacking,
+    tell_frame_rate,
+    warn_left_out,
+)
+from genscale.metrics.names import OF_LABELS, plan_metrics
 from genscale.metrics.network_reference import (
-    SPATIAL,
+    facts_of,
     reference_from_file,
     reference_from_images,
 )
+from genscale.metrics.picture_measures import PictureMeasure
 from genscale.metrics.protocol import EvalProtocol, MetricValue
 from genscale.metrics.reference import read_reference
 from genscale.metrics.reference_cache import cache_folder
 from genscale.metrics.result_protocol import check_alike, clips_of, result_protocol
-from genscale.metrics.video.measures import ClipMeasure, ClipMetrics
+from genscale.metrics.single import SampleMeasure, SampleMetrics
+from genscale.metrics.video.measures import ClipMeasure
 
 
 class EvaluationSuite:
@@ -49,6 +56,7 @@ class EvaluationSuite:
         metrics: names, in the order of the results.
         features: feature networks.
         clip_measures: measures of single clips, which ``metrics`` names.
+        picture_measures: the same of single pictures.
         reference: a reference file (see :mod:`genscale.metrics.reference`), read before the first
             samples unless :meth:`fit_reference` was called.
         num_samples: the number of samples the protocol demands; None takes any.
@@ -72,6 +80,8 @@ class EvaluationSuite:
         seconds: time spent by task: ``reference``, ``features``, and each metric.
         protocols: protocols of all results so far, by their hash.
         watch: shows how far the features of reference pictures are; None works silently.
+        patch: height and width of the patches that samples are compared by, see
+            :meth:`compare_patches`; None: as they are.
 
     Raises:
         ConfigError: if a name is unknown or given twice, or its network is missing.
@@ -83,6 +93,7 @@ class EvaluationSuite:
         features: Sequence[FeatureNetwork] = (),
         *,
         clip_measures: Sequence[ClipMeasure] = (),
+        picture_measures: Sequence[PictureMeasure] = (),
         reference: str | None = None,
         num_samples: int | None = None,
         num_neighbours: int = 3,
@@ -109,6 +120,7 @@ class EvaluationSuite:
         self.seconds: dict[str, float] = {}
         self.protocols: dict[str, EvalProtocol] = {}
         self.watch: Watch | None = None
+        self.patch: tuple[int, int] | None = None
         self._settings = MeasureSettings(
             num_neighbours=num_neighbours,
             kid_subset_size=kid_subset_size,
@@ -121,12 +133,14 @@ class EvaluationSuite:
             self.metrics,
             [network.name for network in features],
             [measure.name for measure in clip_measures],
+            [measure.name for measure in picture_measures],
         )
         self._reasons: dict[str, str] = {}  # metrics that the reference does not allow
         self._holders = build_holders(
             {name: self._measures_of(name) for name in (each.network for each in self._plan)},
             features,
             clip_measures,
+            picture_measures,
             settings=self._settings,
             keep_features=keep_features,
             max_judge_images=max_judge_images,
@@ -154,9 +168,9 @@ class EvaluationSuite:
         return [metric.network for metric in self._by_features]
 
     @property
-    def clip_measures(self) -> list[ClipMeasure]:
-        """The measures of single clips in use."""
-        return self._of_clips
+    def single_measures(self) -> list[SampleMeasure]:
+        """The measures of single samples in use."""
+        return [each for holder in self._of_single for each in holder.by_name.values()]
 
     def to(self, device: torch.device | str) -> EvaluationSuite:
         """Choose where feature networks run; returns the suite."""
@@ -170,7 +184,7 @@ class EvaluationSuite:
             num_samples: how many samples are going to be evaluated, if that is known.
         """
         problems = [sentence for network in self.networks for sentence in network.check()]
-        problems += [each for measure in self._of_clips for each in measure.check()]
+        problems += [each for measure in self.single_measures for each in measure.check()]
         problems = list(dict.fromkeys(problems))
         if self.max_reference < 2:
             problems.append(
@@ -186,6 +200,21 @@ class EvaluationSuite:
         return problems
 
     # reference ------------------------------------------------------------------------------
+
+    def compare_patches(self, patch: tuple[int, int]) -> None:
+        """Compare samples with smaller real pictures from now on: patches of the reference's size.
+
+        To be called before there is a reference. Every feature network looks at patches then, and
+        says so in its protocols; measures by labels, whose judge knows whole pictures, are left
+        out, and measures of captions and of single samples stay as they are.
+
+        Args:
+            patch: height and width of the real pictures.
+        """
+        self.patch = patch
+        for name, holder in self._holders.items():
+            if isinstance(holder, FeatureMetrics):
+                self._holders[name] = holder.of_patches(patch)
 
     def fit_reference(
         self,
@@ -230,14 +259,14 @@ class EvaluationSuite:
                     metric.network,
                     train_images,
                     heldout_images,
-                    spatial=_reads_spatial(metric),
+                    spatial=metric.reads_spatial,
                     batch_size=self.batch_size,
                     cache=cache_folder() if cached else None,
                     watch=self.watch if slow else None,
                 )
-        self._fit_judge(train_images, train_labels, heldout_images, heldout_labels)
+        self._fit_judge((train_images, train_labels), (heldout_images, heldout_labels))
         self._choose_active()
-        self._prepare_clips(heldout_images)
+        self._prepare_single(heldout_images)
         self._reference_facts = {
             "reference": name,
             "reference_sha256": fingerprint,
@@ -265,7 +294,7 @@ class EvaluationSuite:
                 metric.reference = reference_from_file(
                     metric.network,
                     found,
-                    spatial=_reads_spatial(metric),
+                    spatial=metric.reads_spatial,
                     features=any(
                         MEASURES[measure].reference in ("features", "heldout")
                         for measure in metric.measures
@@ -273,19 +302,11 @@ class EvaluationSuite:
                     ignore=self.allow_mismatch,
                     batch_size=self.batch_size,
                 )
-        self._fit_judge(found.images, found.labels, None, None)
+        self._fit_judge((found.images, found.labels), (None, None))
         self._choose_active()
         self._clips = None if found.images is None else clips_of(found.images)
-        self._prepare_clips(None)
-        counted = found.statistics.get("mu")
-        pictures = 0 if found.images is None else len(found.images)
-        self._reference_facts = {
-            "reference": found.name,
-            "reference_sha256": found.sha256,
-            "reference_split": found.origin.split if found.origin else "",
-            "reference_crop": found.origin.crop if found.origin else "",
-            "reference_count": pictures if counted is None else counted.count,
-        }
+        self._prepare_single(None)
+        self._reference_facts = facts_of(found)
         self.seconds["reference"] = time.perf_counter() - started
 
     def _fit(
@@ -309,37 +330,25 @@ class EvaluationSuite:
         network.to(self._device)
 
     @property
-    def _of_clips(self) -> list[ClipMeasure]:
-        holder = self._holders.get(OF_CLIPS)
-        return list(holder.by_name.values()) if isinstance(holder, ClipMetrics) else []
+    def _of_single(self) -> list[SampleMetrics]:
+        return [each for each in self._holders.values() if isinstance(each, SampleMetrics)]
 
-    def _prepare_clips(self, heldout: Tensor | None) -> None:
-        holder = self._holders.get(OF_CLIPS)
-        if isinstance(holder, ClipMetrics):
+    def _prepare_single(self, heldout: Tensor | None) -> None:
+        for holder in self._of_single:
             holder.prepare(self._device)
             holder.look_at_real(heldout, self._settings.seed)
 
     def _fit_judge(
-        self,
-        images: Tensor | None,
-        labels: Tensor | None,
-        heldout_images: Tensor | None,
-        heldout_labels: Tensor | None,
+        self, train: tuple[Tensor | None, Tensor | None], heldout: tuple[Tensor | None, ...]
     ) -> None:
         holder = self._holders.get(OF_LABELS)
-        if not isinstance(holder, LabelMetrics):
-            return
-        if images is None or labels is None:
-            self._rule_out(OF_LABELS, "the reference has no labels")
-            return
-        holder.fit_judge(images, labels, heldout_images, heldout_labels)
-        if heldout_images is None or heldout_labels is None:
-            reason = "the reference has no held-out pictures with labels"
-            self._rule_out(OF_LABELS, reason, but="label_agreement")
+        if holder is not None:
+            for measure, reason in fit_judge(holder, train, heldout, self.patch).items():
+                self._rule_out(OF_LABELS, reason, only=measure)
 
-    def _rule_out(self, network: str, reason: str, *, but: str = "") -> None:
+    def _rule_out(self, network: str, reason: str, *, only: str = "") -> None:
         for planned in self._plan:
-            if planned.network == network and planned.measure != but:
+            if planned.network == network and only in ("", planned.measure):
                 self._reasons[planned.name] = reason
 
     def _choose_active(self) -> None:
@@ -410,7 +419,7 @@ class EvaluationSuite:
                 )
         for network in self.networks:  # an inception score compares with nothing
             self._prepare(network)
-        self._prepare_clips(None)
+        self._prepare_single(None)
         self._reference_facts = {}
 
     def compute(self, protocol: EvalProtocol | None = None) -> list[MetricValue]:
@@ -452,7 +461,7 @@ class EvaluationSuite:
             self.seconds[planned.name] = details["seconds"]
             value = values[planned.network][planned.measure]
             results.append(MetricValue(planned.name, value, made_under.digest, details, made_under))
-        self._warn_skipped()
+        warn_left_out(self.skipped, self._warned)
         if self._plan and not results:
             name, reason = next(iter(self.skipped.items()))
             raise DataError(
@@ -460,14 +469,6 @@ class EvaluationSuite:
                 "Take data that have them, or other metrics."
             )
         return results
-
-    def _warn_skipped(self) -> None:
-        """Say once for every reason what is left out."""
-        for reason in dict.fromkeys(self.skipped.values()):
-            names = ", ".join(name for name, why in self.skipped.items() if why == reason)
-            if names not in self._warned:
-                self._warned.add(names)
-                warnings.warn(f"Left out of the evaluation: {names}, as {reason}.", stacklevel=3)
 
     def _check_count(self) -> None:
         counts = {holder.num_samples for holder in self._holders.values() if holder.active}
@@ -499,7 +500,3 @@ class EvaluationSuite:
             )
         for network, holder in self._holders.items():
             holder.merge_state(other._holders[network])
-
-
-def _reads_spatial(metric: FeatureMetrics) -> bool:
-    return any(MEASURES[measure].taps == SPATIAL for measure in metric.measures)

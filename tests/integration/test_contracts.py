@@ -118,7 +118,7 @@ def test_an_option_is_what_its_group_promises(group: str, option: str) -> None:
     recipe = group == "objective" and family_of(group, option) == "autoencoder"
     assert isinstance(built, TrainableRecipe if recipe else CONTRACTS[group])
     if isinstance(built, EvaluationSuite):
-        assert built.networks or built.clip_measures
+        assert built.networks or built.single_measures
         assert all(isinstance(network, FeatureNetwork) for network in built.networks)
 
 

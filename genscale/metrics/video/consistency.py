@@ -14,8 +14,9 @@ from torch import Tensor
 
 from genscale.errors import DataError
 from genscale.metrics.features import FeatureNetwork
+from genscale.metrics.single import Combined
 from genscale.metrics.video.clips import flat_frames
-from genscale.metrics.video.measures import ClipMeasure, Combined
+from genscale.metrics.video.measures import ClipMeasure
 
 
 def frame_consistency(features: Tensor) -> Tensor:

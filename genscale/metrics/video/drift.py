@@ -15,7 +15,8 @@ from torch import Tensor
 
 from genscale.errors import ConfigError, DataError
 from genscale.metrics.protocol import Setting
-from genscale.metrics.video.measures import ClipMeasure, Combined
+from genscale.metrics.single import Combined
+from genscale.metrics.video.measures import ClipMeasure
 
 DriftWeights = Literal["linear", "log", "uniform", "late"]
 
