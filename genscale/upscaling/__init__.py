@@ -17,6 +17,7 @@ _PUBLIC = {
     "LatentUpscaler": "genscale.upscaling.latent_upscaler",
     "SwinIR": "genscale.upscaling.swinir",
     "Upscaler": "genscale.upscaling.base",
+    "WDSR": "genscale.upscaling.wdsr",
     "adapt_channels": "genscale.upscaling.lua",
     "collaborative_downscale": "genscale.upscaling.collaborative",
     "decode": "genscale.upscaling.latent_conventions",
@@ -29,6 +30,7 @@ __all__ = [
     "IARN",
     "IRN",
     "LUA",
+    "WDSR",
     "Interpolation",
     "LatentUpscaler",
     "SwinIR",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from genscale.upscaling.latent_upscaler import LatentUpscaler, with_latent_upscaler
     from genscale.upscaling.lua import LUA, adapt_channels
     from genscale.upscaling.swinir import SwinIR
+    from genscale.upscaling.wdsr import WDSR
 
 
 def __getattr__(name: str) -> object:
