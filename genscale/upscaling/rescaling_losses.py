@@ -56,8 +56,8 @@ def rescaling_loss(
     reference: Tensor,
     rebuilt: Tensor,
     original: Tensor,
-    latent: Tensor,
-    scale: int,
+    latent: Tensor | None = None,
+    scale: int = 1,
     extra: Tensor | None = None,
     fit_weight: float | None = None,
     reconstruction_weight: float = 1.0,
@@ -72,8 +72,8 @@ def rescaling_loss(
         reference: the picture downscaled with the antialiased bicubic filter, the same shape.
         rebuilt: x' ``(B, C, H, W)``, restored from ``quantise(small)`` and a normal z.
         original: x, the same shape.
-        latent: z ``(B, D, h, w)`` of the original.
-        scale: H / h.
+        latent: z ``(B, D, h, w)`` of the original; None of networks without.
+        scale: H / h, for the weight of the fit.
         extra: the second latent that was rebuilt beside ``rebuilt``, of a network with
             ``extra_latent_channels`` (arXiv:2207.11844; no program of it is public, and this term
             follows its abstract).
@@ -88,8 +88,10 @@ def rescaling_loss(
     terms = (
         (scale**2 if fit_weight is None else fit_weight) * fit,
         reconstruction_weight * rebuilding.sum(1).mean(),
-        latent_weight * _squared_norm(latent.float()),
-        fit.new_zeros(()) if extra is None else extra_weight * _squared_norm(extra.float()),
+        *(
+            fit.new_zeros(()) if part is None else weight * _squared_norm(part.float())
+            for part, weight in ((latent, latent_weight), (extra, extra_weight))
+        ),
     )
     return RescalingLoss(terms[0] + terms[1] + terms[2] + terms[3], *terms)
 
