@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "autoencoders": ("layers",),
     "metrics": ("layers", "io", "data"),  # the oracle of scenes
     "upscaling": ("layers", "io", "assembly", "run_weights"),  # weights: of runs, other programs
-    "resolution": ("objectives",),
+    "resolution": ("samplers",),
     "data": ("io", "assembly"),  # latents build the data they were made of
     "rewards": ("data", "metrics"),
     "search": ("samplers", "rewards"),

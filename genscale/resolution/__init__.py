@@ -21,6 +21,11 @@ _PUBLIC = {
     "Projection": "genscale.resolution.flow_guided",
     "FlowAligned": "genscale.resolution.flow_guided",
     "ScaleFusion": "genscale.resolution.scale_fusion",
+    "WindowedAttention": "genscale.resolution.hidiffusion",
+    "Preset": "genscale.resolution.presets",
+    "preset_named": "genscale.resolution.presets",
+    "refusal": "genscale.resolution.applicability",
+    "sample_scaled": "genscale.resolution.sampling",
 }
 
 __all__ = [
@@ -29,22 +34,31 @@ __all__ = [
     "EntropyAttention",
     "FlowAligned",
     "FourierConvs",
+    "Preset",
     "Projection",
     "ResolutionOp",
     "RotaryScaling",
     "ScaleFusion",
     "SkipResidual",
     "WindowFusion",
+    "WindowedAttention",
     "apply_resolution",
+    "preset_named",
+    "refusal",
+    "sample_scaled",
 ]
 
 if TYPE_CHECKING:
+    from genscale.resolution.applicability import refusal
     from genscale.resolution.base import ResolutionOp, apply_resolution
     from genscale.resolution.dilated import DilatedConvs
     from genscale.resolution.entropy import EntropyAttention
     from genscale.resolution.flow_guided import FlowAligned, Projection, SkipResidual
     from genscale.resolution.fourier import FourierConvs
+    from genscale.resolution.hidiffusion import WindowedAttention
+    from genscale.resolution.presets import Preset, preset_named
     from genscale.resolution.rotary import RotaryScaling
+    from genscale.resolution.sampling import sample_scaled
     from genscale.resolution.scale_fusion import ScaleFusion
     from genscale.resolution.windows import DilatedSampling, WindowFusion
 

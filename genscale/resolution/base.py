@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from genscale.backbones.base import Backbone
-from genscale.errors import ConfigError, did_you_mean
+from genscale.backbones.dimr import DiMR
+from genscale.errors import ConfigError
 
 Sides = tuple[int, int]
 """Height and width."""
@@ -71,6 +72,10 @@ class Patches:
         """Keep the handle of a hook."""
         self._undo.append(handle.remove)
 
+    def call(self, undo: Callable[[], None]) -> None:
+        """Keep what undoes a change of any kind."""
+        self._undo.append(undo)
+
     def method(self, owner: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
         """Shadow a method of one object; the class stays as it is."""
         before = vars(owner).get(name)  # somebody else's replacement comes back afterwards
@@ -102,7 +107,7 @@ class apply_resolution:  # a context manager that is called as a function
     Args:
         model_or_pipe: a backbone, a diffusers model, or a pipeline that holds one as
             ``backbone``, ``transformer`` or ``unet``.
-        preset: name of a preset, or the operators themselves.
+        preset: name of a preset of one run with its defaults, or the operators themselves.
         native: height and width the model was trained on; default that of a backbone's
             ``sample_shape``.
         target: height and width wanted, in the same unit.
@@ -110,7 +115,8 @@ class apply_resolution:  # a context manager that is called as a function
 
     Raises:
         ConfigError: an unknown preset, sizes that are none, a model already within such a block,
-            or one that an operator does not apply to.
+            or one that an operator does not apply to. Presets that sample small first belong to
+            :func:`~genscale.resolution.sampling.sample_scaled`.
     """
 
     def __init__(
@@ -131,7 +137,12 @@ class apply_resolution:  # a context manager that is called as a function
                 )
             native = self.model.sample_shape[-2:]
         self.native, self.target = _sides("native", native), _sides("target", target)
-        self.ops = operators(preset) if isinstance(preset, str) else list(preset)
+        if isinstance(preset, str):
+            from genscale.resolution.presets import operators_of, preset_named  # they import this
+
+            self.ops = operators_of(preset_named(preset), self.model, self.native, self.target)
+        else:
+            self.ops = list(preset)
         self.schedule = schedule
 
     def __enter__(self) -> apply_resolution:
@@ -204,29 +215,15 @@ def network_of(model_or_pipe: Any) -> nn.Module:
     )
 
 
-def operators(preset: str) -> list[ResolutionOp]:
-    """Return fresh operators of a preset.
+def extra_tokens(model: nn.Module) -> int:
+    """Return how many tokens stand before those of the picture in a backbone of this package.
 
-    ``none`` has none; ``entropy`` scales attention; ``ntk`` scales attention and the base of
-    rotary frequencies.
-
-    Raises:
-        ConfigError: an unknown name.
+    A U-ViT has class, time and words there, a DiMR its class.
     """
-    from genscale.resolution.entropy import EntropyAttention
-    from genscale.resolution.rotary import RotaryScaling
-
-    known: dict[str, Callable[[], list[ResolutionOp]]] = {
-        "none": list,
-        "entropy": lambda: [EntropyAttention()],
-        "ntk": lambda: [EntropyAttention(), RotaryScaling("ntk")],
-    }
-    if preset not in known:
-        raise ConfigError(
-            f"resolution must be one of {', '.join(known)}, but is {preset!r}."
-            f"{did_you_mean(preset, tuple(known))}"
-        )
-    return known[preset]()
+    if isinstance(model, DiMR):
+        return 1 if model.num_classes else 0
+    table = getattr(model, "extra_positions", None)
+    return len(table) if isinstance(table, Tensor) else 0
 
 
 def linear_factor(native: Sides, target: Sides) -> float:

@@ -14,7 +14,7 @@ from genscale.backbones.base import Backbone
 from genscale.errors import ConfigError
 from genscale.layers.attention import SelfAttention
 from genscale.layers.norm import upcast
-from genscale.resolution.base import Patches, ResolutionOp, Sides
+from genscale.resolution.base import Patches, ResolutionOp, Sides, extra_tokens
 
 
 def entropy_factor(tokens: float, trained: float) -> float:
@@ -114,7 +114,7 @@ class EntropyAttention(ResolutionOp):
         self._patches.hook(model.register_forward_pre_hook(begin, with_kwargs=True))
         before = len(self._patches)
         if own:
-            state.fixed_extras = _extra_tokens(model)
+            state.fixed_extras = extra_tokens(model)
         for module in model.modules():
             if isinstance(module, SelfAttention):
                 _hook_own(module, state, self._patches)
@@ -130,12 +130,6 @@ class EntropyAttention(ResolutionOp):
     def restore(self, model: nn.Module) -> None:
         """Remove the hooks."""
         self._patches.undo()
-
-
-def _extra_tokens(model: nn.Module) -> int:
-    """Return how many tokens stand before those of the picture in a backbone of this package."""
-    table = getattr(model, "extra_positions", None)
-    return len(table) if isinstance(table, Tensor) else 0
 
 
 def _hook_own(layer: SelfAttention, state: ResolutionState, patches: Patches) -> None:

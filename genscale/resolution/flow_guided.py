@@ -102,15 +102,20 @@ class SkipResidual(ResolutionOp):
     def __init__(self, guide: Tensor, noise: Tensor, *, exponent: float = 3.0) -> None:
         self.guide, self.noise, self.exponent = guide, noise, exponent
         self._levels: Callable[[float], tuple[float, float]] = _flow_levels
+        self._share: Callable[[float], float] = _unchanged
 
     def prepare(self, model: nn.Module, native: Sides, target: Sides, schedule: Any = None) -> None:
-        """Note the noising process: ``schedule(t)`` gives alpha and sigma; default the flow's."""
+        """Note the noising process: ``schedule(t)`` gives alpha and sigma; default the flow's.
+
+        Where it has a ``share``, weights follow ``schedule.share(t)``, the process's own time.
+        """
         self._levels = _flow_levels if schedule is None else schedule
+        self._share = getattr(schedule, "share", _unchanged)
 
     def pre_step(self, x: Tensor, t: Tensor | float, i: int) -> Tensor:
         """Mix."""
         time = as_number(t)
-        weight = skip_weight(time, self.exponent)
+        weight = skip_weight(self._share(time), self.exponent)
         alpha, sigma = self._levels(time)
         return (1.0 - weight) * x + weight * (alpha * self.guide + sigma * self.noise)
 
@@ -162,11 +167,11 @@ class FlowAligned(ResolutionOp):
         _check_steps(len(references))
         self.references = list(references)
         self.alpha, self.beta, self.ratio, self.centred = alpha, beta, ratio, centred
-        self._before: tuple[Tensor, Tensor] | None = None
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def prepare(self, model: nn.Module, native: Sides, target: Sides, schedule: Any = None) -> None:
-        """Forget the step before; the model is left alone."""
-        self._before = None
+        """Forget the steps before; the model is left alone."""
+        self._before.clear()
 
     def post_x0(self, x0: Tensor, x: Tensor, t: Tensor | float, i: int) -> Tensor:
         """Align the estimate of step ``i``; ``x`` is the flow's sample, see the module."""
@@ -178,18 +183,25 @@ class FlowAligned(ResolutionOp):
         share = 1.0 - i / len(self.references)
         x0 = align(x0, ref, self.alpha * share, lambda picture: low_pass(picture, mask))
         v, v_ref = velocity(x, x0, time), velocity(x, ref, time)
-        if self._before is not None:
-            v = accelerate(v, self._before[0], v_ref, self._before[1], self.beta * share)
-        self._before = v, v_ref
+        if i - 1 in self._before:
+            before, ref_before = self._before[i - 1]
+            v = accelerate(v, before, v_ref, ref_before, self.beta * share)
+        # by step: a second look at the same one changes nothing
+        self._before = {k: pair for k, pair in self._before.items() if k == i - 1}
+        self._before[i] = v, v_ref
         return x - v * (time + _TINY)
 
     def restore(self, model: nn.Module) -> None:
-        """Forget the step before."""
-        self._before = None
+        """Forget the steps before."""
+        self._before.clear()
 
 
 def _flow_levels(t: float) -> tuple[float, float]:
     return 1.0 - t, t
+
+
+def _unchanged(t: float) -> float:
+    return t
 
 
 def _check_steps(steps: int) -> None:

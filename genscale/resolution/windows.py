@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,16 @@ from genscale import rng
 from genscale.backbones.base import BackboneOutput
 from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
+from genscale.objectives.base import Level
 from genscale.resolution.base import ModelCall, ResolutionOp
 
 Box = tuple[int, int, int, int]
 """First row, row after the last, first column, column after the last."""
+
+WindowConditions = Callable[[Conditioning, list[Box]], Conditioning]
+"""From the conditions of B samples and V windows to those of V B windows, window after window.
+
+Windows that move may reach a few cells beyond the picture."""
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -128,18 +134,24 @@ def interaction(parts: int, shape: tuple[int, ...], key: Tensor) -> Tensor:
 
 
 def mix_dilated(parts: Tensor, order: Tensor, *, inverse: bool = False) -> Tensor:
-    """Permute sub-samples ``(s^2 B, C, h, w)`` by :func:`interaction`, or undo it."""
+    """Permute sub-samples ``(s^2 B, C, h, w)`` by :func:`interaction`, or undo it.
+
+    An order of one sample serves all, and one of C channels each further C of them.
+    """
     order = order.to(parts.device)
-    grouped = parts.unflatten(0, (len(order), -1))
+    grouped = parts.unflatten(0, (len(order), -1))  # (s^2, B, C, h, w)
+    further = grouped.shape[2] // order.shape[2]
+    order = order.repeat(1, 1, further, 1, 1).expand(-1, grouped.shape[1], -1, -1, -1)
     return grouped.gather(0, order.argsort(dim=0) if inverse else order).flatten(0, 1)
 
 
 def take_samples(value: Any, index: Tensor, batch: int) -> Any:
     """Return an argument of a model for the samples ``index`` of a batch.
 
-    Tensors and conditions of ``batch`` samples are indexed; what all share is returned as it is.
+    Tensors, levels and conditions of ``batch`` samples are indexed; what all share is returned as
+    it is.
     """
-    if isinstance(value, Conditioning):
+    if isinstance(value, Conditioning | Level):
         return value.select(index) if len(value) == batch else value
     if isinstance(value, Tensor) and value.dim() and len(value) == batch:
         return value[index.to(value.device)]
@@ -193,6 +205,8 @@ class WindowFusion(ResolutionOp):
         jitter: see :func:`jittered`; 0 leaves windows in place.
         seed: of the moves, which change with the step.
         view_batch_size: windows times samples in one call; default all.
+        conditions: from the conditions of B samples and the windows to those of every window,
+            window after window; default those of the whole for all.
     """
 
     def __init__(
@@ -203,9 +217,10 @@ class WindowFusion(ResolutionOp):
         jitter: int = 0,
         seed: int = 0,
         view_batch_size: int | None = None,
+        conditions: WindowConditions | None = None,
     ) -> None:
         self.window, self.stride, self.jitter, self.seed = window, stride, jitter, seed
-        self.view_batch_size = view_batch_size
+        self.view_batch_size, self.conditions = view_batch_size, conditions
         self.step = self._side = self._stride = 0
 
     def prepare(self, model: Any, native: Any, target: Any, schedule: Any = None) -> None:
@@ -236,12 +251,24 @@ class WindowFusion(ResolutionOp):
                     self.seed, self.step, rng.Purpose.STEP, torch.arange(2, dtype=torch.int64)
                 )
                 boxes, x = jittered(boxes, height, width, j, keys), F.pad(x, (j, j, j, j))
-            parts = crop_windows(x, boxes)
-            out = call_in_batches(fn, parts, len(x), args, kwargs, self.view_batch_size)
+            parts, batch = crop_windows(x, boxes), len(x)
+            if self.conditions is not None:
+                places = [
+                    (top - j, bottom - j, left - j, right - j) for top, bottom, left, right in boxes
+                ]
+                rows, batch = torch.arange(len(parts)) % batch, len(parts)
+                args = tuple(self._of_windows(value, rows, len(x), places) for value in args)
+            out = call_in_batches(fn, parts, batch, args, kwargs, self.view_batch_size)
             whole = fuse_windows(out, boxes, height + 2 * j, width + 2 * j)
             return BackboneOutput(sample=whole[..., j : j + height, j : j + width])
 
         return by_windows
+
+    def _of_windows(self, value: Any, rows: Tensor, batch: int, places: list[Box]) -> Any:
+        """Return an argument for every window of every sample."""
+        if isinstance(value, Conditioning) and self.conditions is not None:
+            return self.conditions(value, places)
+        return take_samples(value, rows, batch)
 
 
 class DilatedSampling(ResolutionOp):
@@ -285,7 +312,8 @@ class DilatedSampling(ResolutionOp):
             parts = split_dilated(x, factor)
             if self.interact:
                 key = rng.key(self.seed, self.step, rng.Purpose.STEP, 2)
-                order = interaction(factor**2, (len(x), *parts.shape[1:]), key)
+                # the same for all samples, so that none depends on those beside it
+                order = interaction(factor**2, (1, *parts.shape[1:]), key)
                 parts = mix_dilated(parts, order)
             out = call_in_batches(fn, parts, len(x), args, kwargs, self.view_batch_size)
             if order is not None:

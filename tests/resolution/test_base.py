@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from genscale.errors import ConfigError
+from genscale.layers.attention import SelfAttention
 from genscale.resolution import EntropyAttention, ResolutionOp, RotaryScaling, apply_resolution
-from genscale.resolution.base import Patches, linear_factor, network_of, operators
+from genscale.resolution.base import Patches, linear_factor, network_of
 
 
 class Note(ResolutionOp):
@@ -98,10 +99,20 @@ def test_the_network_of_a_pipeline_is_found() -> None:
 
 
 def test_presets_by_name_and_a_guess_for_a_wrong_one() -> None:
-    assert operators("none") == []
-    assert [type(op) for op in operators("ntk")] == [EntropyAttention, RotaryScaling]
+    layer = SelfAttention(8, 2, axial_rope=True)
+
+    def named(preset: str, model: nn.Module = layer) -> list[type]:
+        scaled = apply_resolution(model, preset, native=(2, 2), target=(4, 4))
+        return [type(op) for op in scaled.ops]
+
+    assert named("none") == []
+    assert named("ntk") == [EntropyAttention, RotaryScaling]
     with pytest.raises(ConfigError, match="Did you mean 'entropy'"):
-        operators("entrpy")
+        named("entrpy")
+    with pytest.raises(ConfigError, match=r"needs rotary positions.*Use resolution=entropy"):
+        named("ntk", SelfAttention(8, 2))
+    with pytest.raises(ConfigError, match="samples small first"):
+        named("sdedit")
 
 
 def test_wrong_uses_are_refused() -> None:

@@ -247,7 +247,7 @@ def test_a_model_without_softmax_self_attention_is_refused_and_left_clean() -> N
     model = tiny_dit(attention="nala")
     with (
         pytest.raises(ConfigError, match="entropy of attention cannot be kept in DiT"),
-        apply_resolution(model, target=(8, 8)),
+        apply_resolution(model, [EntropyAttention()], target=(8, 8)),
     ):
         pass
     assert hooks_of(model) == 0

@@ -1,0 +1,318 @@
+"""Sampling at a size the network was not trained on, in one run or from small to large."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genscale import rng
+from genscale.conditioning.base import Conditioning
+from genscale.errors import ConfigError
+from genscale.layers.norm import upcast
+from genscale.objectives.base import Denoiser, on
+from genscale.resolution.applicability import refusal
+from genscale.resolution.base import ResolutionOp, Sides, apply_resolution
+from genscale.resolution.scaled_view import RunLevels, ScaledView, flow_time
+from genscale.samplers.base import Sampler, State
+from genscale.samplers.diffusers_bridge import DiffusersSampler
+from genscale.samplers.grid import GridSampler
+from genscale.samplers.schedules import Linear
+
+if TYPE_CHECKING:
+    from genscale.resolution.presets import Preset
+
+ViewAt = Callable[[Sides], Any]
+"""(height, width) of latents -> the guided view at that size."""
+
+Resize = Callable[[Tensor, Sides], Tensor]
+"""Enlarge finished latents to a size."""
+
+
+class Scaled(NamedTuple):
+    """What :func:`sample_scaled` returns.
+
+    Attributes:
+        latents: ``(B, C, H, W)`` at the wanted size.
+        nfe: ``(B,)`` float64 network evaluations of all runs together; a window counts as one.
+    """
+
+    latents: Tensor
+    nfe: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One enlargement of a cascade.
+
+    Attributes:
+        index: 0 for the first.
+        native: height and width the network was trained on.
+        before: height and width of the run before.
+        sides: height and width of this one.
+        steps: of the sampler.
+        guide: finished latents of the run before, enlarged, ``(B, C, H, W)``.
+        noise: one fixed unit noise, alike.
+        cleans: the estimates of the run before by step, not enlarged.
+        first: step at which this run begins.
+        cond: conditions of the B samples.
+        maps: what the preset's ``watch`` gathered in the run at the trained size.
+        images: decodes latents to pictures in [-1, 1], where the caller can.
+    """
+
+    index: int
+    native: Sides
+    before: Sides
+    sides: Sides
+    steps: int
+    guide: Tensor
+    noise: Tensor
+    cleans: dict[int, Tensor]
+    first: int
+    cond: Conditioning
+    maps: Any = None
+    images: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def left(self) -> int:
+        """Steps of this run."""
+        return self.steps - self.first
+
+
+def bicubic(x: Tensor, sides: Sides) -> Tensor:
+    """Enlarge ``(B, C, h, w)`` to ``(B, C, *sides)``, in float32."""
+    y = F.interpolate(upcast(x), size=sides, mode="bicubic", align_corners=False)
+    return y.to(x.dtype)
+
+
+def cascade_sides(
+    native: Sides, target: Sides, step: Sides = (1, 1), *, doubling: bool = False
+) -> list[Sides]:
+    """Return the sizes a cascade goes through, the last one being ``target``; none at ``native``.
+
+    Args:
+        native: height and width of the first run, which is not among them.
+        target: no side smaller.
+        step: what sides must be multiples of.
+        doubling: about 2, 4, 8 ... times as large; else 2, 3, 4 ... times.
+    """
+    if target == native:
+        return []
+    ratio = max(target[0] / native[0], target[1] / native[1])
+    count = math.ceil(math.log2(ratio) - 1e-9) if doubling else math.ceil(ratio - 1e-9) - 1
+
+    def between(low: int, high: int, share: float, unit: int) -> int:
+        side = low * (high / low) ** share if doubling else low + (high - low) * share
+        return max(round(side / unit) * unit, unit)
+
+    sizes = [
+        (
+            between(native[0], target[0], k / count, step[0]),
+            between(native[1], target[1], k / count, step[1]),
+        )
+        for k in range(1, count)
+    ]
+    return [*sizes, target]
+
+
+def start_step(steps: int, strength: float) -> int:
+    """Return the step at which a run of ``strength`` (a share of all steps) begins."""
+    return steps - min(max(round(strength * steps), 1), steps)
+
+
+def shifted_sampler(solver: GridSampler, factor: float) -> GridSampler:
+    """Return a sampler whose linear grid is moved towards noise by ``factor`` more.
+
+    Other schedules have no such shift and are left as they are.
+    """
+    if not isinstance(solver.schedule, Linear):
+        return solver
+    other = copy.copy(solver)
+    other.schedule = replace(solver.schedule, shift=solver.schedule.shift * factor)
+    other.shift = solver.shift * factor
+    return other
+
+
+def size_step(model: nn.Module) -> Sides:
+    """Return what height and width of a network's input must be multiples of."""
+    step: Sides = getattr(model, "size_step", (1, 1))
+    return step
+
+
+def sample_scaled(
+    solver: Sampler,
+    view_at: ViewAt,
+    cond: Conditioning,
+    seeds: Tensor,
+    *,
+    model: nn.Module,
+    native: Sequence[int],
+    target: Sequence[int],
+    preset: Preset,
+    enlarge: Resize = bicubic,
+    images: Callable[[Tensor], Tensor] | None = None,
+) -> Scaled:
+    """Sample at another size by a preset.
+
+    Works with any objective, since everything happens to estimates of clean samples, and any
+    sampler that goes from level to level. A sample is a function of its seed and condition,
+    whatever is in the batch; the small run of a cascade is the plain sample of the same seed.
+
+    Args:
+        solver: the sampler.
+        view_at: gives the guided view at a size.
+        cond: conditions of B samples.
+        seeds: ``(B,)`` int64.
+        model: the network behind the view.
+        native: height and width of latents it was trained on.
+        target: those wanted.
+        preset: what to do.
+        enlarge: makes the guide of a larger run; default is bicubic in the space of latents.
+        images: decodes latents, for presets that look at pictures.
+
+    Raises:
+        ConfigError: preset, network, sizes or sampler do not fit together.
+    """
+    small, large = (native[0], native[1]), (target[0], target[1])
+    problem = refusal(model, preset, small, large)
+    if problem is not None:
+        raise ConfigError(problem)
+    runs = _Runs(solver, view_at, cond, seeds, model, small)
+    if not preset.cascade:
+        ops = preset.operators(model, small, large)
+        return Scaled(runs.go(ops, large).latents, runs.nfe)
+    _check_solver(solver, preset)
+    assert isinstance(solver, GridSampler)
+    watch = preset.watch(model, small)
+    with nullcontext() if watch is None else watch as maps:
+        run = runs.go([], small, record=preset.records)
+    base, before = run.latents, small
+    for index, sides in enumerate(
+        cascade_sides(small, large, size_step(model), doubling=preset.doubling)
+    ):
+        guide = enlarge(run.latents, sides)
+        keys = rng.key(runs.seeds, index + 1, rng.Purpose.RENOISE).to(guide.device)
+        stage = Stage(
+            index=index,
+            native=small,
+            before=before,
+            sides=sides,
+            steps=solver.num_steps,
+            guide=guide,
+            noise=rng.normal(keys, tuple(guide.shape[1:])).to(guide.dtype),
+            cleans=run.cleans,
+            first=start_step(solver.num_steps, preset.strength_of(index)),
+            cond=cond,
+            maps=maps,
+            images=images,
+        )
+        noise = preset.noise(stage)
+        run = runs.go(
+            preset.guided(model, stage),
+            sides,
+            start=replace(stage, noise=noise),
+            record=preset.records,
+            shift=preset.shift(stage),
+        )
+        run = run._replace(latents=preset.finished(run.latents, base))
+        before = sides
+    return Scaled(run.latents, runs.nfe)
+
+
+class _Run(NamedTuple):
+    """Finished latents, and the estimates by step where they were recorded."""
+
+    latents: Tensor
+    cleans: dict[int, Tensor]
+
+
+class _Runs:
+    """The runs of one call of :func:`sample_scaled`, and what they cost together."""
+
+    def __init__(
+        self,
+        solver: Sampler,
+        view_at: ViewAt,
+        cond: Conditioning,
+        seeds: Tensor,
+        model: nn.Module,
+        native: Sides,
+    ) -> None:
+        self.solver, self.view_at, self.cond, self.model = solver, view_at, cond, model
+        self.seeds = seeds.to(device="cpu", dtype=torch.int64)
+        self.native = native
+        self.nfe = torch.zeros(len(seeds), dtype=torch.float64)
+
+    def go(
+        self,
+        ops: Sequence[ResolutionOp],
+        sides: Sides,
+        *,
+        start: Stage | None = None,
+        record: bool = False,
+        shift: float = 1.0,
+    ) -> _Run:
+        """Run from noise, or from the stage's guide with noise, to the end."""
+        view: Any = self.view_at(sides)
+        if not isinstance(self.solver, GridSampler) or not isinstance(view, Denoiser):
+            with apply_resolution(self.model, ops, native=self.native, target=sides):
+                state = self.solver.run(view, self.cond, self.seeds)
+            self.nfe = self.nfe + state.nfe
+            return _Run(self.solver.finish(state), {})
+        solver = self.solver if shift == 1.0 else shifted_sampler(self.solver, shift)
+        first = 0 if start is None else start.first
+        levels = RunLevels(view.process, solver.levels(view.process), first)
+        with apply_resolution(
+            self.model, ops, native=self.native, target=sides, schedule=levels
+        ) as scaled:
+            if ops:
+                view = ScaledView(view, ops, levels)
+            state = solver.start(view, self.cond, self.seeds)
+            if start is not None:
+                state = _noised(state, start, levels)
+            cleans: dict[int, Tensor] = {}
+            for step in range(first, solver.num_steps):
+                state = _changed(solver, scaled, state, levels, step)
+                state = solver.evaluate(view, state)
+                if record and state.clean is not None:
+                    cleans[step] = state.clean
+                state = solver.advance(view, state)
+        self.nfe = self.nfe + state.nfe
+        return _Run(solver.finish(state), cleans)
+
+
+def _noised(state: State, stage: Stage, levels: RunLevels) -> State:
+    """Begin at the stage's step from its guide; draws differ from those of other runs."""
+    count = len(state)
+    begin = levels.levels.select(torch.tensor([stage.first]))
+    x = on(begin.alpha, state.x) * stage.guide.to(state.x) + on(begin.sigma, state.x) * (
+        stage.noise.to(state.x)
+    )
+    lineage = rng.key(state.lineage, stage.index + 1, rng.Purpose.RENOISE)
+    step = torch.full((count,), stage.first, dtype=torch.int64)
+    return state.replace(x=x, step=step, lineage=lineage)
+
+
+def _changed(
+    solver: GridSampler, scaled: apply_resolution, state: State, levels: RunLevels, step: int
+) -> State:
+    """Let operators change the sample that a step starts from; the solver then begins anew."""
+    level = levels.levels.select(torch.tensor([step]))
+    x = scaled.pre_step(state.x, flow_time(level), step - levels.first)
+    return state if x is state.x else solver.forget(state.replace(x=x))
+
+
+def _check_solver(solver: Sampler, preset: Preset) -> None:
+    if isinstance(solver, GridSampler) and not isinstance(solver, DiffusersSampler):
+        return
+    raise ConfigError(
+        f"resolution={preset.name} needs a sampler that can begin at any level of its grid, which "
+        f"{solver.label} cannot. Use sampler=ddim, euler or dpmpp_2m."
+    )
