@@ -59,6 +59,28 @@ class ImageDataset(ABC):
     def fingerprint(self) -> str:
         """Return a SHA-256 (64 hex digits) that changes when any picture or label would."""
 
+    def reaches(self, size: tuple[int, int]) -> bool:
+        """Return whether every picture can be had at a size, (height, width), without enlarging."""
+        return tuple(size) == (self.resolution, self.resolution)
+
+    def images_at(self, indices: Tensor | Sequence[int], size: tuple[int, int]) -> Tensor:
+        """Return the pictures of some rows at another size: uint8 ``(len(indices), C, *size)``.
+
+        Args:
+            indices: rows, as :meth:`images` takes them.
+            size: height and width.
+
+        Raises:
+            DataError: the set has pictures of its own size alone.
+        """
+        if not self.reaches(size):
+            raise DataError(
+                f"The pictures of '{self.name}' have {self.resolution}x{self.resolution} pixels, "
+                f"and {size[0]}x{size[1]} were asked for. Take data that are drawn or cropped at "
+                "any size, e.g. data=scenes or data=image_folder."
+            )
+        return self.images(indices)
+
     def image(self, index: int) -> Tensor:
         """Return one picture: uint8 ``(C, H, W)``."""
         return self.images([index])[0]
@@ -226,6 +248,14 @@ class SomeImages(ImageDataset):
     def images(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Return the pictures of some rows; see :meth:`ImageDataset.images`."""
         return self._source.images(self._rows[row_numbers(indices, len(self))])
+
+    def reaches(self, size: tuple[int, int]) -> bool:
+        """Return whether the source does."""
+        return self._source.reaches(size)
+
+    def images_at(self, indices: Tensor | Sequence[int], size: tuple[int, int]) -> Tensor:
+        """Return the pictures of some rows at a size; see :meth:`ImageDataset.images_at`."""
+        return self._source.images_at(self._rows[row_numbers(indices, len(self))], size)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over the source's fingerprint and the rows."""

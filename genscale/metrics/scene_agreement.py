@@ -50,13 +50,13 @@ class SceneAgreement(CaptionedMetric):
         """Read the scenes of pictures and keep them with the captions.
 
         Args:
-            images: uint8 ``(B, 3, H, H)``.
+            images: uint8 ``(B, 3, H, W)``.
             captions: what each picture was to show; None for samples without captions.
             sample_ids: ``(B,)`` int64 global numbers; on one process they may be left out.
 
         Raises:
             ConfigError: if a caption does not follow the grammar of scenes.
-            DataError: if the number of captions is another, or the pictures are no square RGB.
+            DataError: if the number of captions is another, or the pictures are no RGB.
         """
         check_images(images)
         check_captions(captions, len(images))

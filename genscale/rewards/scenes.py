@@ -71,10 +71,10 @@ class SceneOracle(Reward):
         return requirements(requests)
 
     def score(self, images: Tensor, handle: tuple[Requirement, ...], index: Tensor) -> RewardOutput:
-        """Judge pictures ``(B, 3, H, H)``, rounded to 8 bits.
+        """Judge pictures ``(B, 3, H, W)``, rounded to 8 bits.
 
         Raises:
-            DataError: pictures that are no square RGB.
+            DataError: pictures that are no RGB.
         """
         pixels = to_uint8(2.0 * images.detach() - 1.0).cpu()
         values: list[float] = []

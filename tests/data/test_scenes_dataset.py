@@ -146,3 +146,14 @@ def test_the_module_refuses_what_would_break_captions(changes: dict, sentence: s
     arguments = {key: value for key, value in _config(**changes).items() if key != "_target_"}
     with pytest.raises(ConfigError, match=sentence):
         scenes_module(**arguments)
+
+
+def test_a_row_is_the_same_scene_at_every_size() -> None:
+    scenes = Scenes(4, resolution=32)
+    assert scenes.reaches((16, 512))
+    assert not scenes.reaches((15, 32))
+    assert torch.equal(scenes.images_at([2, 0], (48, 48)), Scenes(4, resolution=48).images([2, 0]))
+    assert torch.equal(scenes.images_at([1], (32, 32)), scenes.images([1]))
+    assert scenes.some(torch.tensor([3])).images_at([0], (32, 64)).shape == (1, 3, 32, 64)
+    with pytest.raises(ConfigError, match="data.resolution=600"):
+        scenes.images_at([0], (32, 600))

@@ -47,6 +47,18 @@ def test_rendering_then_reading_returns_the_scene(
     assert wrong == []
 
 
+def test_every_caption_agrees_with_its_own_picture_of_any_size(
+    drawn: list[CaptionedScene],
+) -> None:
+    """On oblong canvases objects keep their shape; places are shares of width and height."""
+    for size in ((48, 48), (96, 96), (32, 64), (48, 32)):
+        for each in drawn[:25]:
+            picture = render(each.scene, size)
+            assert picture.shape == (3, *size)
+            assert agreement(picture, each.caption).all == 1.0
+            assert _same(each.scene, read_scene(picture), 0.6 / min(size))
+
+
 def test_every_caption_agrees_with_its_own_picture(drawn: list[CaptionedScene]) -> None:
     for each in drawn[:150]:
         result = agreement(render(each.scene, 32), each.caption)
@@ -147,7 +159,7 @@ def test_specks_are_no_objects() -> None:
 
 
 def test_other_layouts_and_captions_are_refused() -> None:
-    with pytest.raises(DataError, match=r"uint8 pictures of shape \(3, H, H\), .* float64"):
+    with pytest.raises(DataError, match=r"uint8 pictures of shape \(3, H, W\), .* float64"):
         read_scene(np.zeros((3, 32, 32)))  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"of shape \(1, 32, 32\)"):
         read_scene(np.zeros((1, 32, 32), dtype=np.uint8))

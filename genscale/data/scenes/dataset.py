@@ -98,26 +98,42 @@ class Scenes(ImageDataset):
 
     def images(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Return the pictures of some rows; see :meth:`ImageDataset.images`."""
-        rows = row_numbers(indices, len(self))
+        rows, own = row_numbers(indices, len(self)), (self.resolution, self.resolution)
         if len(self) * 3 * self.resolution**2 > _KEPT_BYTES:
-            return self._draw(rows)
+            return self._draw(rows, own)
         if self._kept is None or self._drawn is None:
             # pages of memory that were never written to are not taken
             self._kept = torch.empty(len(self), 3, *2 * (self.resolution,), dtype=torch.uint8)
             self._drawn = torch.zeros(len(self), dtype=torch.bool)
         missing = torch.unique(rows[~self._drawn[rows]])
         if len(missing):
-            self._kept[missing] = self._draw(missing)
+            self._kept[missing] = self._draw(missing, own)
             self._drawn[missing] = True
         return self._kept[rows]
+
+    def reaches(self, size: tuple[int, int]) -> bool:
+        """Return whether scenes are drawn at a size: 16 to 512 pixels a side."""
+        return all(LOWEST <= side <= HIGHEST for side in size)
+
+    def images_at(self, indices: Tensor | Sequence[int], size: tuple[int, int]) -> Tensor:
+        """Draw the scenes of some rows at a size; see :meth:`ImageDataset.images_at`.
+
+        Raises:
+            ConfigError: a side is out of range.
+        """
+        for side in size:
+            check_resolution(side, LOWEST, HIGHEST, "scenes")
+        if tuple(size) == (self.resolution, self.resolution):
+            return self.images(indices)
+        return self._draw(row_numbers(indices, len(self)), size)
 
     def _caption(self, row: int) -> str:
         return self.captioned(row).caption
 
-    def _draw(self, rows: Tensor) -> Tensor:
-        images = torch.empty(len(rows), 3, *2 * (self.resolution,), dtype=torch.uint8)
+    def _draw(self, rows: Tensor, size: tuple[int, int]) -> Tensor:
+        images = torch.empty(len(rows), 3, *size, dtype=torch.uint8)
         for i, row in enumerate(rows.tolist()):
-            images[i] = torch.from_numpy(render(self.captioned(row).scene, self.resolution))
+            images[i] = torch.from_numpy(render(self.captioned(row).scene, size))
         return images
 
     def fingerprint(self) -> str:

@@ -52,21 +52,23 @@ _FILL: dict[Shape, float] = {
 def read_scene(image: NDArray[np.uint8]) -> Scene:
     """Return the scene a picture shows; the objects in order of their area, largest first.
 
+    Places are shares of the picture's width and height, sizes shares of its shorter side.
+
     Args:
-        image: uint8 ``(3, H, H)`` sRGB.
+        image: uint8 ``(3, H, W)`` sRGB.
 
     Raises:
         DataError: if the picture is no such array.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape != (3, *image.shape[1:2] * 2):
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise DataError(
-            f"A scene is read from uint8 pictures of shape (3, H, H), but this is {image.dtype} of "
+            f"A scene is read from uint8 pictures of shape (3, H, W), but this is {image.dtype} of "
             f"shape {image.shape}. Convert it first."
         )
-    side = image.shape[1]
+    height, width = image.shape[1:]
     nearest = _nearest_colour(image)
     ground = _ground(image, nearest < 0)
-    least = SMALLEST_AREA * _FILL["triangle"] * (SMALLEST * side) ** 2
+    least = SMALLEST_AREA * _FILL["triangle"] * (SMALLEST * min(height, width)) ** 2
     found: list[tuple[int, SceneObject]] = []
     for number, colour in enumerate(COLOURS):
         mask = nearest == number
@@ -77,13 +79,13 @@ def read_scene(image: NDArray[np.uint8]) -> Scene:
         for label, (rows, columns) in enumerate(ndimage.find_objects(labelled), start=1):
             if areas[label] < least:
                 continue
-            rows, columns = _widen(rows, side), _widen(columns, side)
+            rows, columns = _widen(rows, height), _widen(columns, width)
             own = labelled[rows, columns] == label
             share = _share(image[:, rows, columns], ground, colour)
             share[nearest[rows, columns] >= 0] = 0.0  # other objects
             share[own] = 1.0
             corner = (columns.start, rows.start)
-            found.append((int(areas[label]), _as_object(share, corner, colour, side)))
+            found.append((int(areas[label]), _as_object(share, corner, colour, (height, width))))
     found.sort(key=lambda pair: -pair[0])
     return Scene(_background(ground), tuple(each for _, each in found))
 
@@ -143,7 +145,7 @@ def _share(
 
 
 def _as_object(
-    share: NDArray[np.float64], corner: tuple[int, int], colour: Colour, side: int
+    share: NDArray[np.float64], corner: tuple[int, int], colour: Colour, sides: tuple[int, int]
 ) -> SceneObject:
     """Tell shape, centre and size from the share of each pixel that is covered."""
     area = float(share.sum())
@@ -155,7 +157,8 @@ def _as_object(
     centre_x, centre_y = corner[0] - float(x[0]) + 0.5, corner[1] - float(y[0]) + 0.5
     if shape == "triangle":
         centre_y -= size / 6  # its centre of mass lies below the middle of its box
-    return SceneObject(shape, colour, centre_x / side, centre_y / side, size / side)
+    height, width = sides
+    return SceneObject(shape, colour, centre_x / width, centre_y / height, size / min(sides))
 
 
 def _shape_of(share: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]) -> Shape:
@@ -220,7 +223,7 @@ def agreement(image: NDArray[np.uint8], caption: str) -> CaptionAgreement:
     """Return how well a picture shows what a caption says.
 
     Args:
-        image: uint8 ``(3, H, H)``.
+        image: uint8 ``(3, H, W)``.
         caption: a caption of the grammar.
 
     Raises:

@@ -52,30 +52,37 @@ def points_per_pixel(resolution: int) -> int:
     return factor
 
 
-def render(scene: Scene, resolution: int) -> NDArray[np.uint8]:
+def render(scene: Scene, size: int | tuple[int, int]) -> NDArray[np.uint8]:
     """Draw a scene.
+
+    On an oblong canvas places are shares of its width and height, sizes shares of its shorter
+    side: objects keep their shape and move apart along the longer side.
 
     Args:
         scene: the scene.
-        resolution: height and width, 16 to 512.
+        size: height and width, or one number for both; 16 to 512.
 
     Returns:
-        uint8 ``(3, resolution, resolution)``, sRGB.
+        uint8 ``(3, height, width)``, sRGB.
     """
-    canvas = np.empty((3, resolution, resolution))
+    height, width = (size, size) if isinstance(size, int) else size
+    canvas = np.empty((3, height, width))
     canvas[:] = np.array(BACKGROUNDS[scene.background])[:, None, None]
     for each in scene.objects:
-        rows, columns, share = _coverage(each, resolution)
+        rows, columns, share = _coverage(each, height, width)
         part = canvas[:, rows, columns]
         part += share * (np.array(COLOURS[each.colour])[:, None, None] - part)
     return (canvas + 0.5).astype(np.uint8)
 
 
-def _coverage(each: SceneObject, resolution: int) -> tuple[slice, slice, NDArray[np.float64]]:
+def _coverage(
+    each: SceneObject, height: int, width: int
+) -> tuple[slice, slice, NDArray[np.float64]]:
     """Return the rows and columns an object lies in, and its share of each of their pixels."""
-    factor = points_per_pixel(resolution)
-    columns, x = _axis(each.x, each.size, resolution, factor)
-    rows, y = _axis(each.y, each.size, resolution, factor)
+    shorter = min(height, width)
+    factor = points_per_pixel(shorter)
+    columns, x = _axis(each.x * (width / shorter), each.size, shorter, width, factor)
+    rows, y = _axis(each.y * (height / shorter), each.size, shorter, height, factor)
     inside = _INSIDE[each.shape](x[None, :], y[:, None])
     # counts fit 8 bits along one axis (32 points at most): adding bytes is fast
     along = inside.view(np.uint8).reshape(len(y), -1, factor).sum(2, dtype=np.uint8)
@@ -84,10 +91,18 @@ def _coverage(each: SceneObject, resolution: int) -> tuple[slice, slice, NDArray
 
 
 def _axis(
-    centre: float, size: float, resolution: int, factor: int
+    centre: float, size: float, unit: int, side: int, factor: int
 ) -> tuple[slice, NDArray[np.float64]]:
-    """Return the pixels an object spans along one axis and their points, -1 to 1 over its box."""
-    first = max(0, int(np.floor((centre - size / 2) * resolution)))
-    last = min(resolution, int(np.ceil((centre + size / 2) * resolution)))
-    points = (np.arange(first * factor, last * factor) + 0.5) / (resolution * factor)
+    """Return the pixels an object spans along one axis and their points, -1 to 1 over its box.
+
+    Args:
+        centre: in units.
+        size: in units.
+        unit: pixels of one.
+        side: pixels of the axis.
+        factor: points a pixel.
+    """
+    first = max(0, int(np.floor((centre - size / 2) * unit)))
+    last = min(side, int(np.ceil((centre + size / 2) * unit)))
+    points = (np.arange(first * factor, last * factor) + 0.5) / (unit * factor)
     return slice(first, last), (points - centre) / (size / 2)
