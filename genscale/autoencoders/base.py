@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -172,6 +173,14 @@ class ScaleTokenizer(Autoencoder):
     def num_tokens(self) -> int:
         """Return L, the tokens of one picture."""
         return sum(height * width for height, width in self.scales)
+
+    @abstractmethod
+    def at_scales(self, scales: Sequence[int | Sequence[int]]) -> ScaleTokenizer:
+        """Return this tokenizer for other scales; weights are shared, this one stays as it is.
+
+        Raises:
+            ConfigError: scales that do not grow.
+        """
 
     @abstractmethod
     def tokens(self, images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,14 @@ class MSVQ(ScaleTokenizer, ModelMixin, ConfigMixin):
     def use_scales(self, scales: Sequence[int | Sequence[int]]) -> None:
         """Work with other scales from now on, for example those of another resolution."""
         self.quantizer.use_scales(scales)
+
+    def at_scales(self, scales: Sequence[int | Sequence[int]]) -> MSVQ:
+        """Return this tokenizer for other scales; see :meth:`ScaleTokenizer.at_scales`."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)  # parts are shared, but for the quantiser
+        other.quantizer = copy.copy(self.quantizer)
+        other.use_scales(scales)
+        return other
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -270,6 +279,14 @@ class TrainedMSVQ(ScaleTokenizer):
         self.downsample = settings["downsample"]
         self.image_channels = settings["image_channels"]
         self._msvq: Any = None  # once loaded
+
+    def at_scales(self, scales: Sequence[int | Sequence[int]]) -> TrainedMSVQ:
+        """Return this tokenizer for other scales; see :meth:`ScaleTokenizer.at_scales`."""
+        msvq = self._loaded("read tokens").at_scales(scales)
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.scales, other._msvq = msvq.scales, msvq
+        return other
 
     def tokens(self, images: Tensor) -> Tensor:
         """Encode images to tokens; see :meth:`MSVQ.tokens`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -11,7 +12,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from genscale.conditioning.base import Conditioning
-from genscale.layers.scales import as_scales
+from genscale.layers.embed import LearnedPositions
+from genscale.layers.scales import as_scales, stretched_scales
+from genscale.layers.skip_scale import TokenGate
 
 __all__ = [
     "Backbone",
@@ -111,6 +114,23 @@ class Backbone(ModelMixin, ConfigMixin):
         Returns:
             the second half of a sentence, with what to do; None where they can.
         """
+        trained = self.sample_shape[-2:]
+        if trained == (height, width):
+            return None
+        if any(isinstance(module, TokenGate) for module in self.modules()):
+            return (
+                "the gates of its skips have weights for the trained size alone. Leave size out, "
+                "or train with a model.skip_scale other than gate and gate_shared."
+            )
+        crops = any(
+            isinstance(module, LearnedPositions) and module.resize == "crop"
+            for module in self.modules()
+        )
+        if crops and (height > trained[0] or width > trained[1]):
+            return (
+                "its position tables are cropped, not stretched, and have no rows beyond the "
+                "trained size. Give a smaller size, or a model with position_resize=interpolate."
+            )
         return None
 
     def example(self, shape: tuple[int, ...], device: torch.device | str) -> tuple[Any, ...]:
@@ -215,6 +235,18 @@ class ScaleBackbone(Backbone):
     def size_step(self) -> tuple[int, int]:
         """One cell: scales are of any size."""
         return 1, 1
+
+    def at_scales(self, scales: Sequence[int | Sequence[int]]) -> Self:
+        """Return this network for other scales; weights are shared, this one stays as it is."""
+        raise NotImplementedError(f"{type(self).__name__} must implement at_scales")  # abstract
+
+    def at_size(self, height: int, width: int) -> Self:
+        """Return this network for running latents of another size; weights are shared.
+
+        It has as many scales; see :func:`~genscale.layers.scales.stretched_scales`.
+        """
+        scales = stretched_scales(self.scales, height, width)
+        return self if scales == self.scales else self.at_scales(scales)
 
     def example(self, shape: tuple[int, ...], device: torch.device | str) -> tuple[Any, ...]:
         """Return the features of all scales of one sample; ``shape`` is that of the latent."""

@@ -41,6 +41,7 @@ from genscale.backbones.shapes import class_rows
 from genscale.conditioning.base import Conditioning
 from genscale.conditioning.text import masked_mean
 from genscale.layers.block_mask import BlockCausalMask
+from genscale.layers.embed import PositionResize, grid_places
 from genscale.layers.norm import WeightedRMSNorm
 from genscale.layers.rope3d import grid_rotation
 from genscale.layers.scale_cache import cache_dtype
@@ -95,6 +96,9 @@ class CausalVideo(Backbone):
         positions: where frames lie in time: ``"absolute"`` at their number in the video,
             ``"relative"`` at their place among those in sight, ``"auto"`` at their number up to
             the trained length and at their place beyond it.
+        position_resize: what rows and columns do on other grids than the trained one: they keep
+            their numbers (``"extend"``), as in the official program, or a cell's place in the
+            picture (``"interpolate"``).
         attention: ``"blocks"``, one plain attention a block, or ``"flex"``, one compiled
             FlexAttention, where all frames are seen at once; the latter needs CUDA.
         checkpoint_blocks: recompute the blocks in the backward pass instead of keeping them.
@@ -134,6 +138,7 @@ class CausalVideo(Backbone):
         bank_top: int = 2,
         bank_local: int = 1,
         positions: Positions = "auto",
+        position_resize: PositionResize = "extend",
         attention: Literal["blocks", "flex"] = "blocks",
         checkpoint_blocks: bool = False,
     ) -> None:
@@ -147,6 +152,7 @@ class CausalVideo(Backbone):
         self.text_shape, self.attend_padding = (num_text_tokens, text_size), attend_padding
         self.independent_first_frame = independent_first_frame
         self.window, self.sink, self.positions = window, sink, positions
+        self.position_resize = position_resize
         self.attention, self.gradient_checkpointing = attention, checkpoint_blocks
         self.policy = CachePolicy(
             kind=cache,
@@ -339,7 +345,7 @@ class CausalVideo(Backbone):
             sink=self.sink if self.window else 0,
             independent_first_frame=self.independent_first_frame,
         )
-        rotation = whole_rotation(frames, grid, self.head_size, like)
+        rotation = whole_rotation(frames, self._sides(grid, like.device), self.head_size)
         flex = self.attention == "flex" and like.is_cuda
         return Whole(mask, doubled(rotation) if teacher else rotation, flex)
 
@@ -375,8 +381,17 @@ class CausalVideo(Backbone):
         if relative:
             numbers = list(range(ahead, ahead + len(numbers)))
         when = torch.tensor(numbers, device="cpu").to(x.device, non_blocking=True)
-        rotation = grid_rotation(when, grid, self.head_size)
-        return Continued(mask, cache, grid, rotation, chosen, places, topic)
+        sides = self._sides(grid, x.device)
+        rotation = grid_rotation(when, grid, self.head_size, sides=sides)
+        return Continued(mask, cache, sides, rotation, chosen, places, topic)
+
+    def _sides(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the places of the rows and of the columns of a frame's tokens."""
+        rows, columns = (
+            grid_places(count, trained, self.position_resize, device)
+            for count, trained in zip(grid, self.grid, strict=True)
+        )
+        return rows, columns
 
     def _topic(self, cond: Conditioning, x: Tensor) -> Tensor:
         """Return what chunks are looked up by ``(B, E)``: the mean of the text, or the class."""

@@ -55,7 +55,7 @@ class Continued:
     Attributes:
         mask: which new frame attends to which, those of the cache included.
         cache: claimed for the new frames.
-        grid: rows and columns of the tokens of a frame.
+        sides: places of the rows ``(h,)`` and columns ``(w,)`` of the tokens of a frame.
         rotation: of every token held and new.
         chosen: ``(B, l)`` chunks that are read from the bank; None without a bank.
         chunk_places: ``(B or 1, l)`` place in time of each of them.
@@ -64,7 +64,7 @@ class Continued:
 
     mask: BlockCausalMask
     cache: Cache
-    grid: tuple[int, int]
+    sides: tuple[Tensor, Tensor]
     rotation: Rotation
     chosen: Tensor | None = None
     chunk_places: Tensor | None = None
@@ -89,12 +89,12 @@ class Continued:
     def _with_chunks(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
         old_k, old_v, cells = read_chunks(self.cache["bank"], layer, chosen)
         there, cells = cells.flatten(1) >= 0, cells.clamp(min=0)
-        rows, columns = self.grid
+        rows, columns = self.sides
         assert self.chunk_places is not None
         cosine, sine = video_rotation(
-            self.chunk_places[:, :, None] + cells // (rows * columns),
-            cells // columns % rows,
-            cells % columns,
+            self.chunk_places[:, :, None] + cells // (len(rows) * len(columns)),
+            rows[cells // len(columns) % len(rows)],
+            columns[cells % len(columns)],
             q.shape[-1],
         )
         old_k = rotate(old_k, cosine.flatten(1, 2)[:, None], sine.flatten(1, 2)[:, None])
@@ -318,9 +318,10 @@ def heads(x: Tensor, count: int) -> Tensor:
     return x.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
-def whole_rotation(frames: int, grid: tuple[int, int], head_size: int, like: Tensor) -> Rotation:
-    """Return the rotation of frames 0, 1, ... on ``like``'s device."""
-    return grid_rotation(torch.arange(frames, device=like.device), grid, head_size)
+def whole_rotation(frames: int, sides: tuple[Tensor, Tensor], head_size: int) -> Rotation:
+    """Return the rotation of frames 0, 1, ... whose rows and columns have given places."""
+    grid = (len(sides[0]), len(sides[1]))
+    return grid_rotation(torch.arange(frames, device=sides[0].device), grid, head_size, sides=sides)
 
 
 def doubled(rotation: Rotation) -> Rotation:

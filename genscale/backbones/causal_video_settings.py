@@ -76,6 +76,7 @@ def check_settings(config: Any) -> None:
     check_heads(config["hidden_size"], config["num_heads"])
     check_choice("cache", config["cache"], ("full", "rolling", "semantic"))
     check_choice("positions", config["positions"], ("auto", "absolute", "relative"))
+    check_choice("position_resize", config["position_resize"], ("interpolate", "extend"))
     check_choice("attention", config["attention"], ("blocks", "flex"))
     size, side = list(config["input_size"]), config["patch_size"]
     if len(size) != 3 or min(size) < 1 or size[1] % side or size[2] % side:

@@ -440,6 +440,11 @@ class DiMR(Backbone):
         return {f"time.{gate}" for gate in TimeDependentVectors.GATES}
 
     @property
+    def size_step(self) -> tuple[int, int]:
+        """The coarsest branch's cells."""
+        return self.downsample, self.downsample
+
+    @property
     def pyramid_weights(self) -> list[float]:
         """Loss weight of each prediction in ``aux["pyramid"]``, coarse first."""
         return list(self._pyramid_weights)

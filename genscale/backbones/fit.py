@@ -21,6 +21,7 @@ they are added to the learned ones: the memory ``{"latents": (B, L, D), "known":
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -358,6 +359,26 @@ class FIT(Backbone):
             return result
         patches, latents = block(patches, latents, context)
         return patches, latents
+
+    @property
+    def size_step(self) -> tuple[int, int]:
+        """Patch times group, and the windows of the extra inputs."""
+        steps = [a * b for a, b in zip(self.patch_size, self.group_size, strict=True)]
+        for extra in self.extra_inputs:
+            steps = [math.lcm(a, b) for a, b in zip(steps, extra.kernel, strict=True)]
+        return steps[1], steps[2]
+
+    def size_problem(self, height: int, width: int) -> str | None:
+        """Return why inputs of other sides cannot be read; see :class:`Backbone`."""
+        size = (self.num_frames, height, width)
+        groups = Groups.of(size, self.patch_size, self.group_size).number
+        if len(self.latents) % groups:
+            return (
+                f"it would have {groups} groups of patches, which cannot share out its "
+                f"{len(self.latents)} latents. Give a size of another number of groups, of which "
+                f"the trained one has {self.groups.number}."
+            )
+        return super().size_problem(height, width)
 
     def example(self, shape: tuple[int, ...], device: torch.device | str) -> tuple[Any, ...]:
         """Return arguments of :meth:`forward` for one sample, in the middle of a trajectory."""

@@ -8,9 +8,10 @@ goes from scale to scale. No table over pairs of tokens exists: attention runs o
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from genscale.backbones.shapes import class_rows
 from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
 from genscale.layers.norm import no_autocast, per_sample, upcast
+from genscale.layers.position_tables import resize_scale_table
 from genscale.layers.scale_cache import cache_dtype, write
 from genscale.layers.scales import Scales, as_scales, scale_spans
 
@@ -53,6 +55,23 @@ class ScaleEmbedding(nn.Module):
             nn.Parameter(torch.empty(self.spans[-1][1], hidden_size)) if positions else None
         )
 
+    def at(self, trained: Scales, scales: Scales) -> ScaleEmbedding:
+        """Return this embedding for other scales than the trained ones; weights are shared.
+
+        Vectors of places are stretched inside each scale. Scales beyond the trained ones have the
+        level and the places of the last of those.
+        """
+        other = copy.copy(self)
+        other._parameters = dict(self._parameters)
+        other.spans = scale_spans(scales)
+        tables = {"start": (self.start, 1), "places": (self.places, len(trained))}
+        for name, (table, count) in tables.items():
+            if table is not None:
+                wanted = scales[:1] if name == "start" else scales
+                stretched = resize_scale_table(table.detach(), trained[:count], wanted)
+                setattr(other, name, nn.Parameter(stretched, table.requires_grad))
+        return other
+
     def forward(self, features: Tensor, start: Tensor, scales: range) -> Tensor:
         """Embed the tokens of consecutive scales.
 
@@ -64,7 +83,7 @@ class ScaleEmbedding(nn.Module):
         Returns:
             ``(B, N, D)`` float32.
         """
-        spans = [self.spans[k] for k in scales]
+        spans, last = [self.spans[k] for k in scales], self.level.num_embeddings - 1
         with no_autocast(features.device):
             weight = upcast(self.word.weight)
             unknown = spans[0][1] if scales[0] == 0 else 0
@@ -73,7 +92,7 @@ class ScaleEmbedding(nn.Module):
                 opening = upcast(start)[:, None] + upcast(self.start)
                 x = torch.cat((opening, x), dim=1)
             levels = [
-                self.level.weight[k].expand(end - begin, -1)
+                self.level.weight[min(k, last)].expand(end - begin, -1)
                 for k, (begin, end) in zip(scales, spans, strict=True)
             ]
             table = upcast(torch.cat(levels))
@@ -260,6 +279,18 @@ class ScaleTransformer(ScaleBackbone):
     def advance(self, x: Tensor, scale: int, memory: Any) -> tuple[Tensor, Any]:
         """Run the blocks on one scale and return the memory for the next."""
         raise NotImplementedError(f"{type(self).__name__} must implement advance")  # abstract
+
+    def at_scales(self, scales: Sequence[int | Sequence[int]]) -> Self:
+        """Return this network for other scales; see :class:`ScaleBackbone`.
+
+        Raises:
+            ConfigError: scales that do not grow.
+        """
+        other = copy.copy(self)
+        other._modules = dict(self._modules)  # parts are shared, but for the embedding
+        other.embed = self.embed.at(self.scales, as_scales(scales))
+        other.register_to_config(scales=plain_scales(scales))
+        return other
 
     def scales_of(self, features: Tensor, scales: range | None, *, stepping: bool) -> range:
         """Return which scales features belong to.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genscale.layers.norm import upcast
+from genscale.layers.position_tables import resize_position_table
 
 PositionResize = Literal["interpolate", "extend"]
 """What fixed positions do on another grid than the trained one; see :func:`grid_places`."""
@@ -155,7 +155,6 @@ class LearnedPositions(nn.Module):
                     "position_resize='interpolate'."
                 )
             return table[:height, :width]
-        stretched = F.interpolate(
-            upcast(table).permute(2, 0, 1)[None], size=(height, width), mode="bicubic"
-        )
-        return stretched[0].permute(1, 2, 0).to(table.dtype)
+        grid = (height, width)
+        stretched = resize_position_table(self.table, (self.height, self.width), grid)
+        return stretched.view(height, width, -1)

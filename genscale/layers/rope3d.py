@@ -45,7 +45,12 @@ def video_rotation(
 
 
 def grid_rotation(
-    frames: Tensor, grid: tuple[int, int], head_size: int, *, theta: float = 10000.0
+    frames: Tensor,
+    grid: tuple[int, int],
+    head_size: int,
+    *,
+    theta: float = 10000.0,
+    sides: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return cosines and sines ``(F h w, d / 2)`` of whole frames, frame by frame, row by row.
 
@@ -54,9 +59,11 @@ def grid_rotation(
         grid: rows h and columns w of the tokens of a frame.
         head_size: channels d of one head.
         theta: base of the frequencies.
+        sides: places of the rows ``(h,)`` and of the columns ``(w,)``; default 0, 1, ...
     """
-    rows = torch.arange(grid[0], device=frames.device)
-    columns = torch.arange(grid[1], device=frames.device)
+    rows, columns = (
+        (torch.arange(n, device=frames.device) for n in grid) if sides is None else sides
+    )
     cosine, sine = video_rotation(
         frames[:, None, None], rows[:, None], columns, head_size, theta=theta
     )

@@ -37,6 +37,33 @@ def as_scales(scales: Sequence[int | Sequence[int]]) -> Scales:
     return tuple(pairs)
 
 
+def stretched_scales(scales: Scales, height: int, width: int) -> Scales:
+    """Return as many scales that end with another grid, the first one being as it was.
+
+    Of K scales, side s_k becomes s_k r^(k / (K - 1)), r being the new last side over the old one,
+    along each axis by itself: coarse scales, which hold the layout, change least. The 1 to 16 of
+    VAR's model of 256 pixels become 1, 2, 3, 5, 7, 9, 13, 17, 24, 32, and its published ones for
+    512 pixels are 1, 2, 3, 4, 6, 9, 13, 18, 24, 32.
+
+    Args:
+        scales: the trained ones.
+        height: rows of the last scale.
+        width: its columns.
+    """
+    if scales[-1] == (height, width):
+        return scales
+    last = len(scales) - 1
+
+    def stretch(trained: list[int], end: int) -> list[int]:
+        ratio, sides = end / trained[-1], [1]
+        for k, side in enumerate(trained[:-1]):
+            sides.append(min(max(sides[-1], round(side * ratio ** (k / last))), end))
+        return [*sides[1:], end]
+
+    rows, columns = ([scale[axis] for scale in scales] for axis in (0, 1))
+    return tuple(zip(stretch(rows, height), stretch(columns, width), strict=True))
+
+
 def scale_spans(scales: Scales) -> list[tuple[int, int]]:
     """Return where the tokens of every scale begin and end in the sequence of all of them."""
     ends = list(accumulate(height * width for height, width in scales))

@@ -7,6 +7,7 @@ guidance and search see a :class:`Denoiser`: (noisy sample, level) -> clean and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -180,6 +181,9 @@ class ScaleTokens(Protocol):
     @property
     def scales(self) -> Scales:
         """Height and width of every scale, coarse first."""
+
+    def at_scales(self, scales: Sequence[int | Sequence[int]]) -> ScaleTokens:
+        """Return this tokenizer for other scales; weights are shared."""
 
     def codes(self, tokens: Tensor) -> Tensor:
         """Return the codes ``(B, n, Cv)`` of tokens ``(B, n)``."""

@@ -79,7 +79,7 @@ class NextScale(Objective):
     ) -> ScaleView:
         """Return the generator view; see :class:`~genscale.objectives.scale_view.ScaleView`."""
         assert isinstance(backbone, ScaleBackbone)
-        return ScaleView(backbone, tokenizer)
+        return ScaleView(backbone, tokenizer, shape=shape)
 
 
 def scale_terms(errors: Tensor, right: Tensor, backbone: ScaleBackbone) -> dict[str, Tensor]:

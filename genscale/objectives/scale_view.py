@@ -19,13 +19,24 @@ class ScaleView(ScaleDecoder):
     Args:
         backbone: the network; gradients are left as they are.
         tokenizer: of the same codes and scales.
+        shape: ``(Cv, H, W)`` of another running latent than the trained one: both then work at
+            as many scales that end with it.
 
     Raises:
         ConfigError: a tokenizer of other scales, codes or channels.
     """
 
-    def __init__(self, backbone: ScaleBackbone, tokenizer: ScaleTokens) -> None:
+    def __init__(
+        self,
+        backbone: ScaleBackbone,
+        tokenizer: ScaleTokens,
+        *,
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
         check_alike(backbone, tokenizer)
+        if shape is not None and shape[1:] != backbone.scales[-1]:
+            backbone = backbone.at_size(*shape[1:])
+            tokenizer = tokenizer.at_scales(backbone.scales)
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.scales = backbone.scales

@@ -162,6 +162,8 @@ def work_of(
         shape: of one sample; default is the network's ``sample_shape``.
     """
     shape = shape or model.sample_shape
+    if isinstance(model, ScaleBackbone):
+        model = model.at_size(*shape[1:])
     whole = float(model.flops(shape))
     if isinstance(model, ScaleBackbone):
         tokens = torch.tensor([float(h * w) for h, w in model.scales], dtype=torch.float64)
