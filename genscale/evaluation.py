@@ -100,6 +100,7 @@ def describe(
         + _cached(pipeline)
         + ("" if pipeline.references is None else f", {pipeline.references.label}")
         + ("" if pipeline.size is None else ", at {}x{}".format(*pipeline.size))
+        + ("" if pipeline.upscaling is None else f", {pipeline.upscaling.label}")
         + ("" if search is None else f", {search}"),
         steps=sampler.num_steps,
         nfe=nfe,

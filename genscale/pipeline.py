@@ -56,6 +56,7 @@ from genscale.search.cost import StepCosts, step_costs
 from genscale.search.setup import SearchSetup, requests_of, work_of
 from genscale.sizes import Size, as_size, shape_at
 from genscale.text_cache import TextCache
+from genscale.upscaling.stage import Upscaling
 from genscale.weak_models import WeakModels
 
 __all__ = ["EXPORTED", "Generated", "GenerationPipeline", "choose_device", "exported_config"]
@@ -85,6 +86,8 @@ class GenerationPipeline:
         weak_models: those of autoguidance.
         references: where a model that enlarges takes low-resolution pictures from; None for any
             other one.
+        upscaling: what enlarges finished samples; None keeps their size. Searches judge what it
+            makes.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class GenerationPipeline:
         self.origin: Origin | None = None
         self.weak_models = WeakModels(GenerationPipeline.load)
         self.references: References | None = None
+        self.upscaling: Upscaling | None = None
         self._offloaded: OffloadedDecoder | None = None
         self.set_precision(precision)
         self.set_size(size)
@@ -261,6 +265,12 @@ class GenerationPipeline:
     @property
     def image_shape(self) -> tuple[int, ...]:
         """Shape ``(C, H, W)`` of a finished picture, or ``(C, T, H, W)`` of a clip."""
+        decoded = self.decoded_shape
+        return decoded if self.upscaling is None else self.upscaling.enlarged(decoded)
+
+    @property
+    def decoded_shape(self) -> tuple[int, ...]:
+        """Shape of what the network's samples decode to, before anything enlarges them."""
         channels, *frames, height, width = self.sample_shape
         if frames:  # a sampler may make longer clips than those of the training
             length = self.sampler.noise_shape(self.model)[1]
@@ -344,8 +354,10 @@ class GenerationPipeline:
         return images.float(), state.nfe
 
     def _decode(self, latents: Tensor) -> Tensor:
-        decoder = self._offloaded or self.autoencoder
-        return on_clips(self.autoencoder, decoder.decode, latents.float())
+        decode = (self._offloaded or self.autoencoder).decode
+        if self.upscaling is not None:
+            return self.upscaling.decode(self.autoencoder, decode, latents.float())
+        return on_clips(self.autoencoder, decode, latents.float())
 
     def conditions(
         self,
@@ -368,7 +380,7 @@ class GenerationPipeline:
             captions=captions,
             negative_prompt=negative_prompt,
             frame_rate=self.frame_rate if frame_rate is None else frame_rate,
-            image_shape=self.image_shape,
+            image_shape=self.decoded_shape,
             text=None if self.text is None else self.text.to(self.device),
         )
 

@@ -79,5 +79,5 @@ def place_references(cfg: DictConfig, pipeline: GenerationPipeline, data: Any) -
     if pipeline.size is not None:
         smaller.set_size([side // low.factor for side in pipeline.size])
     pipeline.references = BaseSamples(
-        smaller, pipeline.image_shape, low, level, name=str(smaller.origin or base)
+        smaller, pipeline.decoded_shape, low, level, name=str(smaller.origin or base)
     )

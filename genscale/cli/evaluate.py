@@ -177,6 +177,8 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
         record |= {"num_frames": pipeline.image_shape[1], "frame_rate": shown_rate(pipeline)}
     if pipeline.references is not None:
         record |= pipeline.references.record()
+    if pipeline.upscaling is not None:
+        record |= pipeline.upscaling.record()
     if setup is not None:
         record |= _search_summary(setup.label, records)
     images = torch.cat([batch.images for batch in kept]) if kept else torch.zeros(0)

@@ -23,6 +23,7 @@ from genscale.runs import RunFolder, new_folder
 from genscale.sample_conditions import check_frame_rate
 from genscale.sizes import size_hint
 from genscale.text_cache import TextCache
+from genscale.upscaling.choice import UpscalingChoice
 
 _NEXT_SCALE = "genscale.samplers.next_scale.NextScale"
 _BLOCKS = "genscale.samplers.blocks.Blocks"
@@ -99,6 +100,9 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
     place_references(cfg, pipeline, lambda: datasets_of(cfg.run))
     if cfg.get("offload"):
         pipeline.offload()
+    if cfg.get("upscaling") is not None:
+        choice: UpscalingChoice = instantiate(cfg.upscaling, "upscaling")
+        pipeline.upscaling = choice.placed(pipeline.autoencoder, pipeline.decoded_shape[0])
     return pipeline, _as_json(sampler), _as_json(guidance)
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from genscale.metrics.protocol import MetricValue
 
 _SHOWN = 64  # pictures and reconstructions in an evaluation's grid
-_OF_SAMPLING = ("sampler", "guidance", "step_cache", "autoencoder", "text_encoder")
+_OF_SAMPLING = ("sampler", "guidance", "step_cache", "autoencoder", "text_encoder", "upscaling")
+_NOTHING = (".NoStepCache", ".NoText", ".NoUpscaling")  # what these groups say by default
 
 
 def reconstructs(cfg: DictConfig) -> bool:
@@ -132,7 +133,7 @@ def _refuse_settings(cfg: DictConfig) -> None:
         node = cfg.get(group)
         given = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else None
         values = [v for k, v in given.items() if v is not None] if isinstance(given, dict) else []
-        if values and not str(values[0]).endswith((".NoStepCache", ".NoText")):
+        if values and not str(values[0]).endswith(_NOTHING):
             raise ConfigError(
                 f"{group}=... was given, but run={cfg.run} trained an autoencoder, which "
                 "reconstructs held-out pictures. Leave it out."

@@ -82,6 +82,8 @@ def run(cfg: DictConfig) -> None:
             record |= {"search": setup.label}
         if pipeline.references is not None:
             record |= pipeline.references.record()
+        if pipeline.upscaling is not None:
+            record |= pipeline.upscaling.record()
         if pipeline.makes_clips:
             record |= {"num_frames": images.shape[2], "frame_rate": shown_rate(pipeline)}
         write_json(folder / "samples.json", record)

@@ -150,7 +150,11 @@ def _settings(cfg: DictConfig, sampler: dict[str, Any], guidance: dict[str, Any]
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     known = {name: plain[name] for name in _PARTS} | {"sampler": sampler, "guidance": guidance}
     # only where it is asked for: studies that were begun before there was a choice go on
-    return known if plain["size"] is None else known | {"size": plain["size"]}
+    if plain["size"] is not None:
+        known["size"] = plain["size"]
+    if not plain["upscaling"]["_target_"].endswith(".NoUpscaling"):
+        known["upscaling"] = plain["upscaling"]
+    return known
 
 
 def _folder(cfg: DictConfig, settings: dict[str, Any]) -> Path:
@@ -172,7 +176,8 @@ def _folder(cfg: DictConfig, settings: dict[str, Any]) -> Path:
     file = folder / "settings.json"
     if file.is_file():
         known = json.loads(file.read_text())
-        other = sorted(key for key in settings if known.get(key) != json.loads(text)[key])
+        asked = json.loads(text)
+        other = sorted(key for key in asked | known if known.get(key) != asked.get(key))
         if other:
             raise DataError(
                 f"{folder} holds a study with other {', '.join(other)}. Give another out_dir, or "
