@@ -53,7 +53,12 @@ class Purpose(IntEnum):
     CLIP = 29  # training: where in a video a clip begins, and its frame rate
     HISTORY = 30  # the noise with which finished frames of a video are read again
     WINDOW = 31  # the order in which frames of a video repeat the start noise of earlier ones
+    BUCKET = 33  # training: which shape pictures have in a step
     CRITIC = 32  # self-forcing: level and noise at which samples are judged
+    CROP = 40  # training: where a patch is cut from a picture
+    TURN = 41  # training: how a patch is turned and mirrored
+    HEAD = 42  # training: which scale of a latent upscaler learns in a step
+    LOST = 43  # training: what a rescaled picture has lost, drawn anew
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -59,6 +59,13 @@ class ImageDataset(ABC):
     def fingerprint(self) -> str:
         """Return a SHA-256 (64 hex digits) that changes when any picture or label would."""
 
+    def stored_sizes(self) -> Tensor | None:
+        """Return height and width of every picture as it is stored: int64 ``(n, 2)``.
+
+        None: pictures are drawn, and no shape suits one better than another.
+        """
+        return torch.full((len(self), 2), self.resolution)
+
     def reaches(self, size: tuple[int, int]) -> bool:
         """Return whether every picture can be had at a size, (height, width), without enlarging."""
         return tuple(size) == (self.resolution, self.resolution)
@@ -112,9 +119,24 @@ def row_numbers(indices: Tensor | Sequence[int], count: int) -> Tensor:
 
 def check_resolution(resolution: int, lowest: int, highest: int, what: str) -> None:
     """Raise a ``ConfigError`` unless ``lowest <= resolution <= highest``."""
-    if not lowest <= resolution <= highest:
+    check_size((resolution,), lowest, highest, what, f"data.resolution={resolution}")
+
+
+def check_size(
+    size: Sequence[int], lowest: int, highest: int, what: str, given: str | None = None
+) -> None:
+    """Raise a ``ConfigError`` unless every side is within ``lowest`` and ``highest``.
+
+    Args:
+        size: sides in pixels.
+        lowest: the least.
+        highest: the most.
+        what: the data, in the plural.
+        given: how the size was given; None: by its numbers.
+    """
+    if not all(lowest <= side <= highest for side in size):
         raise ConfigError(
-            f"data.resolution={resolution} is outside the range of {what}. "
+            f"{given or f'a size of {size[0]}x{size[-1]}'} is outside the range of {what}. "
             f"Choose {lowest} to {highest} pixels."
         )
 
@@ -248,6 +270,11 @@ class SomeImages(ImageDataset):
     def images(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Return the pictures of some rows; see :meth:`ImageDataset.images`."""
         return self._source.images(self._rows[row_numbers(indices, len(self))])
+
+    def stored_sizes(self) -> Tensor | None:
+        """Return height and width of every picture as the source stores it."""
+        sizes = self._source.stored_sizes()
+        return None if sizes is None else sizes[self._rows]
 
     def reaches(self, size: tuple[int, int]) -> bool:
         """Return whether the source does."""

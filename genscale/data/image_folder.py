@@ -9,29 +9,35 @@ import os
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from genscale.data.base import ImageDataset, check_channels, check_resolution, row_numbers
+from genscale.data.base import (
+    ImageDataset,
+    check_channels,
+    check_resolution,
+    check_size,
+    row_numbers,
+)
+from genscale.data.paths import Paths, held_out
 from genscale.data.transforms import center_crop, to_rgb, to_tensor
 from genscale.errors import ConfigError, DataError
-from genscale.rng import Purpose, key, uniform
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from genscale.data.module import ImageDataModule
 
+LOWEST, HIGHEST = 8, 2048  # pixels a side
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-_SPLIT_SEED = 2105_05233  # fixed: a file stays on its side of the split for ever
+_ORIENTATION = 0x0112  # EXIF tag; these values turn a picture by a quarter
+_ON_THEIR_SIDE = (5, 6, 7, 8)
 _SHOWN = 20  # names of damaged files in one log record; all are in ``damaged``
 
 logger = logging.getLogger(__name__)
@@ -80,7 +86,7 @@ class ImageFolder(ImageDataset):
         on_damage: Literal["raise", "skip"] = "raise",
         name: str | None = None,
     ) -> None:
-        check_resolution(resolution, 8, 2048, "picture folders")
+        check_resolution(resolution, LOWEST, HIGHEST, "picture folders")
         check_channels(channels)
         for what, given, known in (
             ("labels", labels, ("folders", "none")),
@@ -108,6 +114,7 @@ class ImageFolder(ImageDataset):
         if verify != "none":
             paths = self._without_damaged(paths, whole=verify == "pixels", skip=on_damage == "skip")
         self._paths = Paths(paths)
+        self._sizes: Tensor | None = None
         self._labels: Tensor | None = None
         if self.class_names:
             number = {name: i for i, name in enumerate(self.class_names)}
@@ -131,13 +138,39 @@ class ImageFolder(ImageDataset):
         Raises:
             DataError: if a file cannot be decoded or is gone; the sentence names it.
         """
+        return self.images_at(indices, (self.resolution, self.resolution))
+
+    def images_at(self, indices: Tensor | Sequence[int], size: tuple[int, int]) -> Tensor:
+        """Read the pictures of some rows cropped to a size; see :meth:`ImageDataset.images_at`.
+
+        Files smaller than that are enlarged; :meth:`reaches` tells whether there are any.
+
+        Raises:
+            ConfigError: a side is out of range.
+            DataError: if a file cannot be decoded or is gone; the sentence names it.
+        """
+        check_size(size, LOWEST, HIGHEST, "picture folders")
         rows = row_numbers(indices, len(self)).tolist()
-        result = torch.empty(
-            len(rows), self.channels, self.resolution, self.resolution, dtype=torch.uint8
-        )
+        result = torch.empty(len(rows), self.channels, *size, dtype=torch.uint8)
         for place, row in enumerate(rows):
-            result[place] = self._read(self._paths[row])
+            result[place] = self._read(self._paths[row], size)
         return result
+
+    def stored_sizes(self) -> Tensor:
+        """Return height and width of every file, int64 ``(n, 2)``; headers are read once.
+
+        Raises:
+            DataError: a header cannot be read; the sentence names the file.
+        """
+        if self._sizes is None:
+            self._sizes = torch.tensor([self._size(path) for path in self._paths])
+        return self._sizes
+
+    def reaches(self, size: tuple[int, int]) -> bool:
+        """Return whether every file has at least so many pixels in height and width."""
+        if not all(LOWEST <= side <= HIGHEST for side in size):
+            return False
+        return bool((self.stored_sizes() >= torch.tensor(size)).all())
 
     def split(self, heldout_fraction: float) -> tuple[ImageFolder, ImageFolder]:
         """Divide into (train, held out) by a keyed hash of each relative path.
@@ -179,18 +212,31 @@ class ImageFolder(ImageDataset):
         kept = mask.tolist()
         part._paths = Paths([path for path, keep in zip(self._paths, kept, strict=True) if keep])
         part._labels = None if self._labels is None else self._labels[mask]
+        part._sizes = None if self._sizes is None else self._sizes[mask]
         return part
 
-    def _read(self, path: str) -> Tensor:
+    def _read(self, path: str, size: tuple[int, int]) -> Tensor:
         try:
             with _open(self.root / path) as image:
-                return to_tensor(center_crop(to_rgb(image), self.resolution), self.channels)
+                return to_tensor(center_crop(to_rgb(image), size), self.channels)
         except _read_errors() as error:
-            raise DataError(
-                f"{self.root / path} cannot be read as a picture ({_reason(error)}). Remove or "
-                "replace it, or find all such files at the start with data.verify=pixels and "
-                "data.on_damage=skip."
-            ) from error
+            raise self._unreadable(path, error) from error
+
+    def _size(self, path: str) -> tuple[int, int]:
+        try:
+            with _open(self.root / path) as image:
+                width, height = image.size
+                turned = image.getexif().get(_ORIENTATION, 1) in _ON_THEIR_SIDE
+        except _read_errors() as error:
+            raise self._unreadable(path, error) from error
+        return (width, height) if turned else (height, width)
+
+    def _unreadable(self, path: str, error: Exception) -> DataError:
+        return DataError(
+            f"{self.root / path} cannot be read as a picture ({_reason(error)}). Remove or "
+            "replace it, or find all such files at the start with data.verify=pixels and "
+            "data.on_damage=skip."
+        )
 
     def _without_damaged(self, paths: list[str], *, whole: bool, skip: bool) -> list[str]:
         """Check all files; return the good ones, or raise if there are bad ones to raise for."""
@@ -221,51 +267,6 @@ class ImageFolder(ImageDataset):
         logger.warning("%s: left out %d damaged files: %s", self.root, len(names), shown)
         self.damaged = tuple(names)
         return [path for path in paths if path not in damaged]
-
-
-def held_out(paths: Paths, fraction: float, what: str = "pictures") -> Tensor:
-    """Return which files are held out, by a keyed hash of each path: bool ``(n,)``.
-
-    Raises:
-        ConfigError: if the fraction is not between 0 and 1.
-        DataError: if a side would be empty.
-    """
-    if not 0 < fraction < 1:
-        raise ConfigError(f"data.heldout_fraction={fraction} must lie between 0 and 1, e.g. 0.05.")
-    hashes = [
-        int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big", signed=True)
-        for path in paths
-    ]
-    keys = key(_SPLIT_SEED, torch.tensor(hashes), Purpose.SUBSET)
-    heldout = uniform(keys) < fraction
-    if bool(heldout.all()) or not bool(heldout.any()):
-        side = "train" if bool(heldout.all()) else "held-out"
-        raise DataError(
-            f"data.heldout_fraction={fraction} of {len(paths)} {what} leaves the {side} side "
-            f"empty. Choose another fraction, or add {what}."
-        )
-    return heldout
-
-
-class Paths:
-    """A million paths in two tensors, which worker processes share instead of copying."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self._ends = torch.tensor([0, *map(len, encoded)]).cumsum(0)
-        self._bytes = torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy())
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        begin, end = self._ends[index : index + 2].tolist()
-        return os.fsdecode(self._bytes[begin:end].numpy().tobytes())
-
-    def __iter__(self) -> Iterator[str]:
-        whole, ends = self._bytes.numpy().tobytes(), self._ends.tolist()
-        for begin, end in pairwise(ends):
-            yield os.fsdecode(whole[begin:end])
 
 
 def _scan(root: Path) -> tuple[list[str], Counter[str]]:
@@ -388,6 +389,7 @@ def image_folder_module(
     batch_size: int,
     seed: int,
     limit: int | None = None,
+    buckets: Sequence[Sequence[int]] | None = None,
 ) -> ImageDataModule:
     """Build the data module of ``data=image_folder``; the arguments are the keys of its YAML.
 
@@ -407,6 +409,7 @@ def image_folder_module(
         batch_size: samples of one optimizer step.
         seed: the run's seed.
         limit: train on so many pictures only.
+        buckets: heights and widths to train on by turns; None: ``resolution`` alone.
 
     Raises:
         ConfigError: if ``root`` is not set, both ways of holding out are used, or the number of
@@ -452,4 +455,5 @@ def image_folder_module(
         flip=flip,
         seed=seed,
         limit=limit,
+        buckets=buckets,
     )

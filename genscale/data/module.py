@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from genscale.data.base import ImageDataset
+from genscale.data.buckets import BucketedStream, check_buckets
 from genscale.data.stream import GlobalStream, StreamBatchSampler
 from genscale.errors import CheckpointError, ConfigError, DataError, ParallelError
 from genscale.rng import Purpose, for_step, key, permutation
@@ -36,6 +39,8 @@ class ImageDataModule(LightningDataModule):
         seed: the run's seed.
         limit: train on so many pictures only, drawn with a key from ``train``; None takes all.
             For learning a few by heart while debugging.
+        buckets: heights and widths that pictures have by turns, one a step; None: all have their
+            usual size. See :class:`~genscale.data.buckets.BucketedStream`.
         accumulate: micro-batches of one optimizer step on each process. None takes the attached
             trainer's ``accumulate_grad_batches``, and 1 without a trainer; give it where the
             training loop accumulates by itself.
@@ -47,8 +52,9 @@ class ImageDataModule(LightningDataModule):
             that reads them asks for it.
 
     Raises:
-        DataError: if train and heldout differ in size, channels or classes.
-        ConfigError: if batch_size, num_workers or limit is out of range.
+        DataError: if train and heldout differ in size, channels or classes, or the data cannot be
+            had in the shapes of the buckets.
+        ConfigError: if batch_size, num_workers, limit or a bucket is out of range.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class ImageDataModule(LightningDataModule):
         flip: bool = False,
         seed: int = 0,
         limit: int | None = None,
+        buckets: Sequence[Sequence[int]] | None = None,
         accumulate: int | None = None,
         name: str | None = None,
     ) -> None:
@@ -80,6 +87,7 @@ class ImageDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.flip = flip
         self.seed = seed
+        self.buckets = None if buckets is None else check_buckets(buckets, self.train)
         self.accumulate = accumulate
         self.samples_seen = 0
         self.with_captions = False
@@ -111,8 +119,11 @@ class ImageDataModule(LightningDataModule):
         return self.train.class_names
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the train set."""
-        return self.train.fingerprint()
+        """Return the SHA-256 of the train set, and of the shapes it is shown in."""
+        own = self.train.fingerprint()
+        if self.buckets is None:
+            return own
+        return hashlib.sha256(f"{own} in {self.buckets}".encode()).hexdigest()
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return the endless loader of this process, from position ``samples_seen`` on.
@@ -129,7 +140,7 @@ class ImageDataModule(LightningDataModule):
         if world_size > 1:
             _check_same_data(self.train)
         sampler = StreamBatchSampler(
-            GlobalStream(len(self.train), self.seed),
+            self.stream,
             global_batch_size=self.batch_size,
             rank=rank,
             world_size=world_size,
@@ -151,7 +162,15 @@ class ImageDataModule(LightningDataModule):
     def samples(self) -> Dataset[dict[str, Any]]:
         """Return what turns (position, row) pairs into batches, in the reading processes."""
         captions = self.train.captions if self.with_captions else None
-        return _Samples(self.train, self.seed, self.flip, captions)
+        stream = self.stream if isinstance(self.stream, BucketedStream) else None
+        return _Samples(self.train, self.seed, self.flip, captions, stream)
+
+    @cached_property
+    def stream(self) -> GlobalStream:
+        """The sequence of rows that is trained on; with buckets, of their shapes too."""
+        if self.buckets is None:
+            return GlobalStream(len(self.train), self.seed)
+        return BucketedStream(self.train, self.buckets, batch_size=self.batch_size, seed=self.seed)
 
     def pictures(self) -> ImageDataModule:
         """Return the module of the pictures that samples are compared with: this one."""
@@ -201,12 +220,18 @@ class _Samples(Dataset[dict[str, Any]]):
     """Turns (position, row) pairs into a batch; what worker processes receive."""
 
     def __init__(
-        self, images: ImageDataset, seed: int, flip: bool, captions: Sequence[str] | None = None
+        self,
+        images: ImageDataset,
+        seed: int,
+        flip: bool,
+        captions: Sequence[str] | None = None,
+        buckets: BucketedStream | None = None,
     ) -> None:
         self._images = images
         self._seed = seed
         self._flip = flip
         self._captions = captions
+        self._buckets = buckets
 
     def __len__(self) -> int:
         return len(self._images)
@@ -217,7 +242,10 @@ class _Samples(Dataset[dict[str, Any]]):
     def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
         # the loader fetches a whole batch through this method where a data set has it
         position, rows = torch.tensor(pairs, dtype=torch.int64).unbind(1)
-        images = self._images.images(rows)
+        if self._buckets is None:
+            images = self._images.images(rows)
+        else:  # a batch never leaves its step
+            images = self._images.images_at(rows, self._buckets.size(pairs[0][0]))
         if self._flip:
             which = mirrored(self._seed, position)
             images = torch.where(which[:, None, None, None], images.flip(-1), images)

@@ -111,29 +111,30 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Crop the centre square as ADM's ImageNet pipeline does (arXiv:2105.05233).
+def center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """Crop the centre as ADM's ImageNet pipeline does with squares (arXiv:2105.05233).
 
-    Halve with a BOX filter while the shorter side is at least ``2 * size``; resize with BICUBIC
-    so that the shorter side is ``size``; cut out the centre. Halving first keeps the filter of
+    Halve with a BOX filter while both sides are at least twice what is wanted; resize with BICUBIC
+    so that the picture just covers it; cut out the centre. Halving first keeps the filter of
     the last resize small, and the reference statistics of ADM depend on it.
 
     Args:
         image: any size, larger or smaller than ``size``.
-        size: height and width of the result.
+        size: height and width of the result, or one number for both.
     """
     from PIL import Image
 
-    while min(image.size) >= 2 * size:
+    high, wide = (size, size) if isinstance(size, int) else size
+    while image.size[0] >= 2 * wide and image.size[1] >= 2 * high:
         image = image.resize(
             (image.size[0] // 2, image.size[1] // 2), resample=Image.Resampling.BOX
         )
-    scale = size / min(image.size)
+    scale = max(wide / image.size[0], high / image.size[1])
     # parity: round() is to even at a half, as in the official crop
     width, height = (round(side * scale) for side in image.size)
     image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (width - wide) // 2, (height - high) // 2
+    return image.crop((left, top, left + wide, top + high))
 
 
 def to_tensor(image: Image.Image, channels: int) -> Tensor:

@@ -29,7 +29,8 @@ from genscale.data.clip_cutting import (
     with_luma,
 )
 from genscale.data.clips import ClipDataset
-from genscale.data.image_folder import Paths, class_folders, held_out
+from genscale.data.image_folder import class_folders
+from genscale.data.paths import Paths, held_out
 from genscale.data.video_checks import check_videos
 from genscale.data.video_files import find_videos, needs_decoder, size_of
 from genscale.data.video_reader import (

@@ -155,5 +155,5 @@ def test_a_row_is_the_same_scene_at_every_size() -> None:
     assert torch.equal(scenes.images_at([2, 0], (48, 48)), Scenes(4, resolution=48).images([2, 0]))
     assert torch.equal(scenes.images_at([1], (32, 32)), scenes.images([1]))
     assert scenes.some(torch.tensor([3])).images_at([0], (32, 64)).shape == (1, 3, 32, 64)
-    with pytest.raises(ConfigError, match="data.resolution=600"):
+    with pytest.raises(ConfigError, match="a size of 32x600 is outside the range of scenes"):
         scenes.images_at([0], (32, 600))

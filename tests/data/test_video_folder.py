@@ -13,7 +13,8 @@ from torch import Tensor
 
 from genscale.data.clip_cutting import ClipTimes
 from genscale.data.clips import ClipDataModule
-from genscale.data.image_folder import Paths, class_folders, held_out
+from genscale.data.image_folder import class_folders
+from genscale.data.paths import Paths, held_out
 from genscale.data.video_checks import check_videos, decode_all
 from genscale.data.video_folder import VideoFolder
 from genscale.data.video_module import video_folder_module

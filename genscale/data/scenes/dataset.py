@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from genscale.data.base import ImageDataset, check_resolution, row_numbers
+from genscale.data.base import ImageDataset, check_resolution, check_size, row_numbers
 from genscale.data.captioned import WrittenCaptions, check_tasks
 from genscale.data.scenes.grammar import MAX_OBJECTS, TASKS, Task
 from genscale.data.scenes.renderer import HIGHEST, LOWEST, render
@@ -111,6 +111,10 @@ class Scenes(ImageDataset):
             self._drawn[missing] = True
         return self._kept[rows]
 
+    def stored_sizes(self) -> None:
+        """None: scenes are drawn."""
+        return None
+
     def reaches(self, size: tuple[int, int]) -> bool:
         """Return whether scenes are drawn at a size: 16 to 512 pixels a side."""
         return all(LOWEST <= side <= HIGHEST for side in size)
@@ -121,8 +125,7 @@ class Scenes(ImageDataset):
         Raises:
             ConfigError: a side is out of range.
         """
-        for side in size:
-            check_resolution(side, LOWEST, HIGHEST, "scenes")
+        check_size(size, LOWEST, HIGHEST, "scenes")
         if tuple(size) == (self.resolution, self.resolution):
             return self.images(indices)
         return self._draw(row_numbers(indices, len(self)), size)
@@ -166,6 +169,7 @@ def scenes_module(
     batch_size: int,
     seed: int,
     limit: int | None = None,
+    buckets: Sequence[Sequence[int]] | None = None,
 ) -> ImageDataModule:
     """Build the data module of ``data=scenes``; the arguments are the keys of its YAML.
 
@@ -207,4 +211,5 @@ def scenes_module(
         flip=flip,
         seed=seed,
         limit=limit,
+        buckets=buckets,
     )
