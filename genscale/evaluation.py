@@ -99,7 +99,7 @@ def describe(
         sampler=sampler.label
         + _cached(pipeline)
         + ("" if pipeline.references is None else f", {pipeline.references.label}")
-        + ("" if pipeline.size is None else ", at {}x{}".format(*pipeline.size))
+        + _sized(pipeline)
         + ("" if pipeline.upscaling is None else f", {pipeline.upscaling.label}")
         + ("" if search is None else f", {search}"),
         steps=sampler.num_steps,
@@ -133,6 +133,15 @@ def _solver(sampler: Sampler) -> str:
     if sampler.family == "scale_wise":
         return "tokens"
     return "sde" if sampler.stochastic else "ode"
+
+
+def _sized(pipeline: GenerationPipeline) -> str:
+    """Return what the sampler's name in protocols says of size and resolution scaling."""
+    if pipeline.size is None:
+        return ""
+    label = pipeline.resolution.label
+    by = "" if label == "none" else f" by {label}"
+    return ", at {}x{}".format(*pipeline.size) + by
 
 
 def _cached(pipeline: GenerationPipeline) -> str:

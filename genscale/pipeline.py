@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,8 @@ from genscale.loading import (
 )
 from genscale.objectives.base import Objective
 from genscale.prompts import prompts_of_set
+from genscale.resolution.presets import NoScaling, Preset
+from genscale.resolution.sampling import bicubic, sample_scaled, scaled_guidance
 from genscale.run_weights import MAIN, Origin, is_exported
 from genscale.sample_conditions import sample_conditions
 from genscale.samplers.base import Sampler
@@ -86,6 +88,8 @@ class GenerationPipeline:
         weak_models: those of autoguidance.
         references: where a model that enlarges takes low-resolution pictures from; None for any
             other one.
+        resolution: what lets the network work at another size than the trained one; see
+            :mod:`genscale.resolution`. It counts where there is a ``size``.
         upscaling: what enlarges finished samples; None keeps their size. Searches judge what it
             makes.
     """
@@ -123,6 +127,7 @@ class GenerationPipeline:
         self.origin: Origin | None = None
         self.weak_models = WeakModels(GenerationPipeline.load)
         self.references: References | None = None
+        self.resolution: Preset = NoScaling()
         self.upscaling: Upscaling | None = None
         self._offloaded: OffloadedDecoder | None = None
         self.set_precision(precision)
@@ -311,9 +316,71 @@ class GenerationPipeline:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def _view(self, solver: Sampler) -> Any:
+    @property
+    def _scales(self) -> bool:
+        """Whether anything is done for the sake of the size."""
+        return self.size is not None and not isinstance(self.resolution, NoScaling)
+
+    def _sides(self) -> tuple[Size, Size]:
+        """Return trained and wanted height and width of what the network models."""
+        native, target = self.model.sample_shape[-2:], self.sample_shape[-2:]
+        return (native[0], native[1]), (target[0], target[1])
+
+    @contextmanager
+    def _scaled(self, guided: Guidance, solver: Sampler) -> Iterator[Guidance]:
+        """Put the preset of resolution on the network, and give the guidance of its views."""
+        if not self._scales:
+            yield guided
+            return
+        native, target = self._sides()
+        process = None if self.objective.family == "scale_wise" else self.objective.process
+        with scaled_guidance(
+            self.resolution,
+            guided,
+            solver,
+            process,
+            model=self.model,
+            native=native,
+            target=target,
+        ) as scaled:
+            yield scaled
+
+    def _latents(
+        self, cond: Conditioning, seeds: Tensor, solver: Sampler, guided: Guidance
+    ) -> tuple[Tensor, Tensor]:
+        """Return finished samples of the network, and network evaluations ``(B,)``."""
+        if not self._scales:
+            state = solver.run(guided.wrap(self._view(solver)), cond, seeds)
+            return solver.finish(state), state.nfe
+        native, target = self._sides()
+        return sample_scaled(
+            solver,
+            lambda sides: guided.wrap(self._view(solver, sides)),
+            cond,
+            seeds,
+            model=self.model,
+            native=native,
+            target=target,
+            preset=self.resolution,
+            enlarge=self._enlarge_pixels if self.resolution.enlarge == "pixel" else None,
+            images=self._pictures,
+        )
+
+    def _pictures(self, latents: Tensor) -> Tensor:
+        """Decode, without upscaling."""
+        decode = (self._offloaded or self.autoencoder).decode
+        return on_clips(self.autoencoder, decode, latents.float())
+
+    def _enlarge_pixels(self, latents: Tensor, sides: Size) -> Tensor:
+        """Enlarge the decoded pictures and encode them again."""
+        factor = self.autoencoder.downsample
+        pictures = bicubic(self._pictures(latents), (sides[0] * factor, sides[1] * factor))
+        return self.autoencoder.encode(pictures.clamp(-1.0, 1.0)).to(latents.dtype)
+
+    def _view(self, solver: Sampler, sides: Size | None = None) -> Any:
         """Return the network's view, with step caching as this solver's steps want it."""
-        view = self.objective.view(self.model, self.autoencoder, shape=self.sample_shape)
+        shape = self.sample_shape if sides is None else (*self.sample_shape[:-2], *sides)
+        view = self.objective.view(self.model, self.autoencoder, shape=shape)
         if self.objective.family == "scale_wise":
             return view
         if not isinstance(solver, GridSampler):
@@ -347,11 +414,10 @@ class GenerationPipeline:
             return self.at(size).sample(cond, seeds, sampler=sampler, guidance=guidance)
         solver = sampler or self.sampler
         guided = self._guidance(guidance, solver)
-        view = guided.wrap(self._view(solver))
         with self._autocast():
-            state = solver.run(view, cond.to(self.device), seeds)
-            images = self._decode(solver.finish(state))
-        return images.float(), state.nfe
+            latents, nfe = self._latents(cond.to(self.device), seeds, solver, guided)
+            images = self._decode(latents)
+        return images.float(), nfe
 
     def _decode(self, latents: Tensor) -> Tensor:
         decode = (self._offloaded or self.autoencoder).decode
@@ -410,11 +476,11 @@ class GenerationPipeline:
         """
         solver = sampler or self.sampler
         guided = self._guidance(guidance, solver)
-        with self._autocast():
+        with self._autocast(), self._scaled(guided, solver) as scaled:
             return setup.run(
                 solver,
                 self._view(solver),
-                guided,
+                scaled,
                 self._decode,
                 cond,
                 seeds,
@@ -428,8 +494,8 @@ class GenerationPipeline:
         Args:
             cond: conditions of at least one sample.
         """
-        guidance = self._guidance(None, self.sampler)
-        return step_costs(self.sampler, self._view(self.sampler), cond, guidance)
+        with self._scaled(self._guidance(None, self.sampler), self.sampler) as guidance:
+            return step_costs(self.sampler, self._view(self.sampler), cond, guidance)
 
     def stream(
         self,

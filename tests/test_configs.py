@@ -29,7 +29,7 @@ READ_BACK |= {("sampler", "none"), ("reward", "none")}  # say that there is none
 AUTOENCODERS = {"msvq", "kl_small"}  # trained like a backbone, and none
 # clips of the published size
 OF_ONE_SIZE = {"snap_video_500m", "snap_video_3_9b", "snap_video_3_9b_upsampler", "causal_wan_1_3b"}
-OF_SAMPLING = {"step_cache", "search", "reward", "upscaling"}  # groups of sampling alone
+OF_SAMPLING = {"step_cache", "search", "reward", "upscaling", "resolution"}  # groups that training does not have
 
 
 def options(group: str) -> list[str]:

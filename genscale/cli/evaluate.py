@@ -15,6 +15,8 @@ from rich.table import Table
 
 from genscale import dist
 from genscale.cli.app import instantiate
+from genscale.cli.enlarging import enlarges
+from genscale.cli.enlarging import evaluate as evaluate_enlarged
 from genscale.cli.loading import datasets_of, load_pipeline, output_folder
 from genscale.cli.numbers import check_numbers
 from genscale.cli.progress import track
@@ -51,6 +53,9 @@ def run(cfg: DictConfig) -> None:
     """Evaluate ``cfg.run``, or the files ``cfg.samples`` and ``cfg.reference``."""
     if reconstructs(cfg):
         evaluate_reconstructions(cfg)
+        return
+    if enlarges(cfg):
+        evaluate_enlarged(cfg)
         return
     started = time.perf_counter()
     settle(cfg)
@@ -167,6 +172,7 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
         "prompts": None if pipeline.text is None else str(cfg.prompts or "held-out captions"),
         "seed": cfg.seed,
         "size": list(pipeline.image_shape[-2:]),
+        "resolution": pipeline.resolution.label,
         "sampler": sampler,
         "guidance": guidance,
         "step_cache": pipeline.step_cache.label,

@@ -18,6 +18,9 @@ from genscale.conditioning.text import fit_problems
 from genscale.errors import ConfigError
 from genscale.guidance.autoguidance import Autoguidance
 from genscale.pipeline import GenerationPipeline, exported_config
+from genscale.resolution.applicability import refusal
+from genscale.resolution.presets import NoScaling, Preset
+from genscale.resolution.sampling import sampler_refusal
 from genscale.run_weights import is_exported
 from genscale.runs import RunFolder, new_folder
 from genscale.sample_conditions import check_frame_rate
@@ -110,14 +113,45 @@ def _place_size(cfg: DictConfig, pipeline: GenerationPipeline) -> None:
     """Let the pipeline make pictures of the size asked for, and say where it is a bold one."""
     size = cfg.get("size")
     if size is None:
+        asked = cfg.get("resolution")
+        preset = None if asked is None else instantiate(asked, "resolution")
+        if preset is not None and not isinstance(preset, NoScaling):
+            raise ConfigError(
+                f"resolution={preset.name} is for pictures of another size than the trained one, "
+                "but no size was given. Add e.g. size=64, or leave resolution out."
+            )
         return
     trained = pipeline.image_shape[-2:]
     pipeline.set_size(OmegaConf.to_container(size) if OmegaConf.is_config(size) else size)
-    if pipeline.size is None or cfg.get("resolution") is not None:
+    if pipeline.size is None:
+        return
+    if cfg.get("resolution") is not None:
+        place_resolution(cfg, pipeline)
+    if not isinstance(pipeline.resolution, NoScaling):
         return
     hint = size_hint((trained[0], trained[1]), pipeline.size)
     if hint is not None:
         sys.stderr.write(f"{hint}\n")
+
+
+def place_resolution(cfg: DictConfig, pipeline: GenerationPipeline) -> None:
+    """Give the pipeline its preset of resolution, and see that it fits network and sampler.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    preset: Preset = instantiate(cfg.resolution, "resolution")
+    native, target = pipeline.model.sample_shape[-2:], pipeline.sample_shape[-2:]
+    problem = refusal(
+        pipeline.model, preset, (native[0], native[1]), (target[0], target[1])
+    ) or sampler_refusal(pipeline.sampler, preset)
+    if problem is not None:
+        raise ConfigError(problem)
+    if preset.enlarge == "pixel":
+        problems = pipeline.autoencoder.check(encodes=True, decodes=True)
+        if problems:
+            raise ConfigError("\n".join(problems))
+    pipeline.resolution = preset
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:

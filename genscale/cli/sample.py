@@ -17,12 +17,18 @@ def run(cfg: DictConfig) -> None:
     """Generate ``num_samples`` samples and write them in ``format``."""
     known_format(cfg.format)
     check_numbers(cfg, {"num_samples": 1, "batch_size": 1, "seed": None})
+    from genscale.cli.enlarging import enlarges
+    from genscale.cli.enlarging import sample as sample_enlarged
     from genscale.cli.reconstructing import reconstructs
     from genscale.cli.reconstructing import sample as sample_reconstructions
 
     if reconstructs(cfg):
         check_format(cfg.format, clips=False)
         sample_reconstructions(cfg)
+        return
+    if enlarges(cfg):
+        check_format(cfg.format, clips=False)
+        sample_enlarged(cfg)
         return
     from genscale import dist
     from genscale.cli.loading import load_pipeline, output_folder
@@ -70,6 +76,7 @@ def run(cfg: DictConfig) -> None:
             "negative_prompt": cfg.negative_prompt,
             "seed": cfg.seed,
             "size": list(pipeline.image_shape[-2:]),
+            "resolution": pipeline.resolution.label,
             "sampler": sampler,
             "guidance": guidance,
             "step_cache": pipeline.step_cache.label,

@@ -152,6 +152,8 @@ def _settings(cfg: DictConfig, sampler: dict[str, Any], guidance: dict[str, Any]
     # only where it is asked for: studies that were begun before there was a choice go on
     if plain["size"] is not None:
         known["size"] = plain["size"]
+    if not plain["resolution"]["_target_"].endswith(".NoScaling"):
+        known["resolution"] = plain["resolution"]
     if not plain["upscaling"]["_target_"].endswith(".NoUpscaling"):
         known["upscaling"] = plain["upscaling"]
     return known

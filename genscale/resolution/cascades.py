@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
-from genscale.conditioning.base import Conditioning
-from genscale.errors import ConfigError
-from genscale.resolution.applicability import traits
-from genscale.resolution.attention_probe import WordMaps
-from genscale.resolution.base import ResolutionOp, Sides, linear_factor
+from genscale.errors import ConfigError, did_you_mean
+from genscale.resolution.base import ResolutionOp, linear_factor
 from genscale.resolution.entropy import EntropyAttention
 from genscale.resolution.flow_guided import FlowAligned, Projection, SkipResidual
-from genscale.resolution.frequency import match_statistics
-from genscale.resolution.local_global import LocalGlobal
-from genscale.resolution.patch_prompts import PatchPrompts, ScreenedPrompts
-from genscale.resolution.presets import Preset, check_count, check_share, fitting
-from genscale.resolution.regional import DescribedWindows, RegionalWindows, StructurePrior
+from genscale.resolution.presets import Preset, check_share, fitting
 from genscale.resolution.rotary import RotaryScaling
 from genscale.resolution.sampling import Stage, bicubic, size_step
 from genscale.resolution.scale_fusion import ScaleFusion
 from genscale.resolution.swin_patches import SwinPatches
-from genscale.resolution.windows import WindowConditions
+
+Enlarge = Literal["latent", "pixel"]
 
 
 class Cascade(Preset):
-    """A preset of several runs."""
+    """A preset of several runs.
+
+    Args:
+        enlarge: how the result of a run becomes the guide of the next, by bicubic interpolation:
+            ``"latent"``, or ``"pixel"``: decoded, enlarged and encoded again, which keeps more
+            (arXiv:2503.18446) and needs an autoencoder that encodes.
+    """
 
     cascade = True
     needs = ("continuous", "pictures")
+
+    def __init__(self, enlarge: Enlarge) -> None:
+        if enlarge not in get_args(Enlarge):
+            raise ConfigError(
+                f"resolution.enlarge must be latent or pixel, but is {enlarge!r}."
+                f"{did_you_mean(str(enlarge), get_args(Enlarge))}"
+            )
+        self.enlarge = enlarge
 
 
 class SDEdit(Cascade):
@@ -38,12 +47,16 @@ class SDEdit(Cascade):
     Args:
         strength: share of the steps that are taken again; 0.2 to 0.5 are usual.
         entropy: keep the entropy of attention where the network has any.
+        enlarge: see :class:`Cascade`.
     """
 
     name = "sdedit"
     uses = ("entropy",)
 
-    def __init__(self, *, strength: float = 0.35, entropy: bool = True) -> None:
+    def __init__(
+        self, *, strength: float = 0.35, entropy: bool = True, enlarge: Enlarge = "latent"
+    ) -> None:
+        super().__init__(enlarge)
         check_share("strength", strength)
         self.strength, self.entropy = strength, entropy
 
@@ -56,131 +69,6 @@ class SDEdit(Cascade):
         return fitting(model, [EntropyAttention()] if self.entropy else [])
 
 
-class DemoFusion(Cascade):
-    """Windows and interleaved samples, held to the enlarged result (arXiv:2311.16973).
-
-    Every larger run starts at noise. Each step mixes the noised guide in, less and less (c1^e1);
-    the network works by overlapping windows, and on interleaved samples of a blurred picture,
-    which count less and less (c2^e2). Sizes are 2, 3, ... times the trained one.
-
-    Args:
-        exponents: e1 of the guide, e2 of the interleaved samples, e3 of the blur.
-        sigma: of the blur at the first step.
-        stride: cells between windows; null: half a window.
-        jitter: cells by which windows move; null: a quarter of what they overlap by.
-        anchor: give the result mean and deviation of the first run's.
-        view_batch_size: windows times samples in one call; null: all.
-    """
-
-    name = "demofusion"
-    interact = False
-
-    def __init__(
-        self,
-        *,
-        exponents: Sequence[float] = (3.0, 1.0, 1.0),
-        sigma: float = 1.0,
-        stride: int | None = None,
-        jitter: int | None = None,
-        anchor: bool = True,
-        view_batch_size: int | None = None,
-    ) -> None:
-        if len(exponents) != 3 or min(exponents) < 0:
-            raise ConfigError(
-                "resolution.exponents must be three numbers of at least 0, for guide, interleaved "
-                f"samples and blur, but is {list(exponents)}. Give e.g. [3,1,1]."
-            )
-        check_count("stride", stride)
-        check_count("view_batch_size", view_batch_size)
-        self.exponents = tuple(float(value) for value in exponents)
-        self.sigma, self.stride, self.jitter = sigma, stride, jitter
-        self.anchor, self.view_batch_size = anchor, view_batch_size
-
-    def guided(self, model: nn.Module, stage: Stage) -> list[ResolutionOp]:
-        """Return the mixed guide, and the local and global calls."""
-        return [
-            SkipResidual(stage.guide, stage.noise, exponent=self.exponents[0]),
-            self.calls(model, stage),
-        ]
-
-    def calls(self, model: nn.Module, stage: Stage) -> LocalGlobal:
-        """Return how the network is called."""
-        return LocalGlobal(
-            exponent=self.exponents[1],
-            blur_exponent=self.exponents[2],
-            sigma=self.sigma,
-            stride=self.stride,
-            jitter=self.jitter,
-            interact=self.interact,
-            unit=size_step(model),
-            seed=stage.index,
-            view_batch_size=self.view_batch_size,
-            conditions=self.conditions(stage),
-        )
-
-    def conditions(self, stage: Stage) -> WindowConditions | None:
-        """Return what windows are conditioned on; None: as the whole."""
-        return None
-
-    def finished(self, latents: Tensor, base: Tensor) -> Tensor:
-        """Give the result the statistics of the first run's."""
-        return match_statistics(latents, base) if self.anchor else latents
-
-
-class AccDiffusion(DemoFusion):
-    """DemoFusion whose windows have words of their own and whose interleaved samples meet.
-
-    A word is kept in a window where the attention that it gets in the first run covers enough of
-    it (arXiv:2407.10738); networks without attention to words have the rest.
-
-    Args:
-        coverage: c, the share of a window that a word must cover.
-        exponents: see :class:`DemoFusion`.
-        sigma: see there.
-        stride: see there.
-        jitter: see there.
-        anchor: see there.
-        view_batch_size: see there.
-    """
-
-    name = "accdiffusion"
-    uses = ("words",)
-    interact = True
-
-    def __init__(
-        self,
-        *,
-        coverage: float = 0.3,
-        exponents: Sequence[float] = (3.0, 1.0, 1.0),
-        sigma: float = 1.0,
-        stride: int | None = None,
-        jitter: int | None = None,
-        anchor: bool = True,
-        view_batch_size: int | None = None,
-    ) -> None:
-        check_share("coverage", coverage)
-        super().__init__(
-            exponents=exponents,
-            sigma=sigma,
-            stride=stride,
-            jitter=jitter,
-            anchor=anchor,
-            view_batch_size=view_batch_size,
-        )
-        self.coverage = coverage
-
-    def watch(self, model: nn.Module, native: Sides) -> WordMaps | None:
-        """Watch the attention to words, where there is any."""
-        return word_maps(model, native)
-
-    def conditions(self, stage: Stage) -> WindowConditions | None:
-        """Return the prompts of windows."""
-        maps = None if stage.maps is None else stage.maps.mean(len(stage.guide))
-        if maps is None:
-            return None
-        return PatchPrompts(maps, stage.sides, coverage=self.coverage)
-
-
 class FreeScale(Cascade):
     """Fused scales of attention, held to the enlarged result (arXiv:2412.09626).
 
@@ -191,6 +79,7 @@ class FreeScale(Cascade):
         restart: share of the steps that a larger run leaves out.
         sigma: of the blur that divides layout from detail.
         blur_channels: parity: blur across neighbouring channels too.
+        enlarge: see :class:`Cascade`.
     """
 
     name = "freescale"
@@ -205,7 +94,9 @@ class FreeScale(Cascade):
         restart: float = 0.3,
         sigma: float = 1.0,
         blur_channels: bool = False,
+        enlarge: Enlarge = "latent",
     ) -> None:
+        super().__init__(enlarge)
         check_share("restart", restart)
         self.exponent, self.restart = exponent, restart
         self.sigma, self.blur_channels = sigma, blur_channels
@@ -230,6 +121,7 @@ class IMax(Cascade):
         shift: how far the time grid of the larger run is moved towards noise; null: by the side
             over the trained side. (The published runs have shift 3 and then 6.)
         swin_patches: move the grid of patches on every second step.
+        enlarge: see :class:`Cascade`.
     """
 
     name = "imax"
@@ -237,18 +129,24 @@ class IMax(Cascade):
     doubling = True
 
     def __init__(
-        self, *, ntk: float = 10.0, shift: float | None = None, swin_patches: bool = True
+        self,
+        *,
+        ntk: float = 10.0,
+        shift: float | None = None,
+        swin_patches: bool = True,
+        enlarge: Enlarge = "latent",
     ) -> None:
+        super().__init__(enlarge)
         if shift is not None and shift <= 0.0:
             raise ConfigError(
                 f"resolution.shift must be positive, but is {shift}. 1 leaves the times alone."
             )
-        self.ntk, self.times_shift, self.swin_patches = ntk, shift, swin_patches
+        self.ntk, self.shift, self.swin_patches = ntk, shift, swin_patches
 
-    def shift(self, stage: Stage) -> float:
+    def time_shift(self, stage: Stage) -> float:
         """Return the shift of this run."""
-        if self.times_shift is not None:
-            return self.times_shift
+        if self.shift is not None:
+            return self.shift
         return linear_factor(stage.native, stage.sides)
 
     def guided(self, model: nn.Module, stage: Stage) -> list[ResolutionOp]:
@@ -272,6 +170,7 @@ class HiFlow(Cascade):
         ratio: of the low-pass filter.
         ntk: factor of the rotary base, where there are rotary positions.
         swin_patches: move the grid of patches on every second step.
+        enlarge: see :class:`Cascade`.
     """
 
     name = "hiflow"
@@ -282,13 +181,15 @@ class HiFlow(Cascade):
     def __init__(
         self,
         *,
-        strengths: Sequence[float] = (16 / 30, 10 / 30),
+        strengths: Sequence[float] = (0.533, 0.333),
         alphas: Sequence[float] = (1.0, 0.25),
         betas: Sequence[float] = (0.5, 0.5),
         ratio: float = 0.2,
         ntk: float = 10.0,
         swin_patches: bool = True,
+        enlarge: Enlarge = "latent",
     ) -> None:
+        super().__init__(enlarge)
         for name, values in (("strengths", strengths), ("alphas", alphas), ("betas", betas)):
             if not values:
                 raise ConfigError(
@@ -321,94 +222,6 @@ class HiFlow(Cascade):
                 ratio=self.ratio,
             ),
         ]
-
-
-class CUpscale(Cascade):
-    """Windows with a global structure and words of their own (C-Upscale, arXiv:2505.16976).
-
-    After the paper's description alone; weights and their decay are ours. Every larger run begins
-    at the enlarged result, noised; windows are denoised and averaged. The low frequencies of the
-    result are held, less and less and ever fewer; words that the first run gave little attention
-    in a window's place are left out there; and windows that are described by somebody mix that
-    description in.
-
-    Args:
-        strength: share of the steps that a larger run takes.
-        weight: of the held low frequencies at the first step.
-        ratio: of the low-pass filter at the first step.
-        screen: a word is left out of a window where its mean attention there is below so much of
-            its mean over the picture; 0 leaves none out.
-        described: share of the windows' descriptions in the estimate.
-        stride: cells between windows; null: half a window.
-        view_batch_size: windows times samples in one call; null: all.
-
-    Attributes:
-        describe: from pictures of B windows in [-1, 1] to their B captions.
-        encode: from captions to conditions. Both are set from Python; without them all windows
-            have the prompt of the whole.
-    """
-
-    name = "c_upscale"
-    uses = ("words",)
-
-    def __init__(
-        self,
-        *,
-        strength: float = 0.6,
-        weight: float = 1.0,
-        ratio: float = 0.3,
-        screen: float = 0.5,
-        described: float = 0.3,
-        stride: int | None = None,
-        view_batch_size: int | None = None,
-    ) -> None:
-        for name, value in (
-            *(("strength", strength), ("weight", weight), ("ratio", ratio)),
-            *(("screen", screen), ("described", described)),
-        ):
-            check_share(name, value)
-        check_count("stride", stride)
-        check_count("view_batch_size", view_batch_size)
-        self.strength, self.weight, self.ratio = strength, weight, ratio
-        self.screen, self.described = screen, described
-        self.stride, self.view_batch_size = stride, view_batch_size
-        self.describe: Callable[[Tensor], Sequence[str]] | None = None
-        self.encode: Callable[[Sequence[str]], Conditioning] | None = None
-
-    def strength_of(self, index: int) -> float:
-        """Return the same for every run."""
-        return self.strength
-
-    def watch(self, model: nn.Module, native: Sides) -> WordMaps | None:
-        """Watch the attention to words, where there is any."""
-        return word_maps(model, native)
-
-    def guided(self, model: nn.Module, stage: Stage) -> list[ResolutionOp]:
-        """Return the windows and the structure."""
-        maps = None if stage.maps is None else stage.maps.mean(len(stage.guide))
-        screened = None
-        if maps is not None and self.screen > 0.0:
-            screened = ScreenedPrompts(maps, stage.sides, floor=self.screen)
-        described = None
-        if self.describe is not None and self.encode is not None and stage.images is not None:
-            described = DescribedWindows(
-                stage.images(stage.guide), stage.sides, self.describe, self.encode
-            )
-        return [
-            RegionalWindows(
-                screened,
-                described,
-                share=self.described,
-                stride=self.stride,
-                view_batch_size=self.view_batch_size,
-            ),
-            StructurePrior(stage.guide, stage.left, weight=self.weight, ratio=self.ratio),
-        ]
-
-
-def word_maps(model: nn.Module, native: Sides) -> WordMaps | None:
-    """Return what watches the attention to words, or None where there is none."""
-    return WordMaps(model, native) if traits(model).words else None
 
 
 def adapted_attention(model: nn.Module, ntk: float) -> list[ResolutionOp]:

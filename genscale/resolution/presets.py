@@ -9,9 +9,10 @@ method cannot do without are refused (:mod:`genscale.resolution.applicability`).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ class Preset:
         cascade: whether it goes from a run at the trained size to larger ones.
         records: whether larger runs read the estimates of the run before, step by step.
         doubling: whether a cascade's sizes double, rather than grow by the trained size.
+        enlarge: how a cascade's results become guides, ``"latent"`` or ``"pixel"``.
     """
 
     name: ClassVar[str]
@@ -46,6 +48,7 @@ class Preset:
     cascade: ClassVar[bool] = False
     records: ClassVar[bool] = False
     doubling: ClassVar[bool] = False
+    enlarge: Literal["latent", "pixel"] = "latent"
 
     def operators(self, model: nn.Module, native: Sides, target: Sides) -> list[ResolutionOp]:
         """Return fresh operators for a run at ``target``; those on the network alone of cascades.
@@ -65,13 +68,13 @@ class Preset:
         """Return the share of all steps that the ``index``-th larger run takes."""
         return 1.0
 
-    def shift(self, stage: Stage) -> float:
+    def time_shift(self, stage: Stage) -> float:
         """Return by how much the larger run's time grid is moved towards noise; 1: not."""
         return 1.0
 
-    def noise(self, stage: Stage) -> Tensor:
-        """Return the noise that the larger run begins with, of variance about 1."""
-        return stage.noise
+    def begins_at(self, stage: Stage) -> Tensor:
+        """Return the clean latents that a larger run begins at, noised."""
+        return stage.guide
 
     def guided(self, model: nn.Module, stage: Stage) -> list[ResolutionOp]:
         """Return fresh operators of a larger run."""
@@ -80,6 +83,16 @@ class Preset:
     def finished(self, latents: Tensor, base: Tensor) -> Tensor:
         """Return what becomes of a larger run's latents; ``base`` are those of the first run."""
         return latents
+
+    @property
+    def label(self) -> str:
+        """What protocols call it: the name, and what differs from its defaults."""
+        changed = [
+            f"{name}={getattr(self, name)!r}"
+            for name, parameter in inspect.signature(type(self)).parameters.items()
+            if _plain(getattr(self, name)) != _plain(parameter.default)
+        ]
+        return f"{self.name}({', '.join(changed)})" if changed else self.name
 
 
 def operators_of(
@@ -237,14 +250,14 @@ class ScaleCrafter(Preset):
         dilation: float | None = None,
     ) -> None:
         check_count("dilate_tau", dilate_tau)
-        self.layers = tuple(SDXL_LAYERS if layers is None else layers)
+        self.layers = None if layers is None else tuple(layers)
         self.dilate_tau, self.progressive, self.dilation = dilate_tau, progressive, dilation
 
     def operators(self, model: nn.Module, native: Sides, target: Sides) -> list[ResolutionOp]:
         """Return the dilated convolutions."""
         return [
             DilatedConvs(
-                self.layers,
+                SDXL_LAYERS if self.layers is None else self.layers,
                 dilation=self.dilation,
                 until=self.dilate_tau,
                 progressive=self.progressive,
@@ -283,14 +296,23 @@ class FouriScale(Preset):
                 f"resolution.stop_step must come after resolution.start_step, but they are "
                 f"{stop_step} and {start_step}. Give e.g. 20 and 35."
             )
-        self.layers = tuple(SDXL_LAYERS if layers is None else layers)
+        self.layers = None if layers is None else tuple(layers)
         self.start_step, self.stop_step, self.value = start_step, stop_step, value
 
     def operators(self, model: nn.Module, native: Sides, target: Sides) -> list[ResolutionOp]:
         """Return the filtered convolutions."""
         return [
-            FourierConvs(self.layers, value=self.value, start=self.start_step, stop=self.stop_step)
+            FourierConvs(
+                SDXL_LAYERS if self.layers is None else self.layers,
+                value=self.value,
+                start=self.start_step,
+                stop=self.stop_step,
+            )
         ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
 
 
 def check_share(name: str, value: float) -> None:
@@ -320,20 +342,13 @@ def check_count(name: str, value: int | None) -> None:
 
 def presets() -> dict[str, type[Preset]]:
     """Return all presets by name."""
-    from genscale.resolution.cascades import (
-        AccDiffusion,
-        CUpscale,
-        DemoFusion,
-        FreeScale,
-        HiFlow,
-        IMax,
-        SDEdit,
-    )
+    from genscale.resolution.cascades import FreeScale, HiFlow, IMax, SDEdit
     from genscale.resolution.hidiffusion import HiDiffusion
+    from genscale.resolution.window_cascades import LSRNA, AccDiffusion, CUpscale, DemoFusion
 
     kinds: tuple[type[Preset], ...] = (
         *(NoScaling, Entropy, Rotary, Lumina, MultiDiffusion),
-        *(SDEdit, DemoFusion, AccDiffusion, FreeScale, IMax, HiFlow, CUpscale),
+        *(SDEdit, DemoFusion, AccDiffusion, LSRNA, FreeScale, IMax, HiFlow, CUpscale),
         *(ScaleCrafter, FouriScale, HiDiffusion),
     )
     return {kind.name: kind for kind in kinds}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from genscale import rng
 from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
+from genscale.guidance.base import Guidance
 from genscale.layers.norm import upcast
 from genscale.objectives.base import Denoiser, on
+from genscale.objectives.schedule import NoiseProcess
 from genscale.resolution.applicability import refusal
 from genscale.resolution.base import ResolutionOp, Sides, apply_resolution
-from genscale.resolution.scaled_view import RunLevels, ScaledView, flow_time
+from genscale.resolution.presets import Preset, operators_of
+from genscale.resolution.scaled_view import RunLevels, ScaledGuidance, ScaledView, flow_time
 from genscale.samplers.base import Sampler, State
 from genscale.samplers.diffusers_bridge import DiffusersSampler
 from genscale.samplers.grid import GridSampler
 from genscale.samplers.schedules import Linear
-
-if TYPE_CHECKING:
-    from genscale.resolution.presets import Preset
 
 ViewAt = Callable[[Sides], Any]
 """(height, width) of latents -> the guided view at that size."""
@@ -62,6 +62,7 @@ class Stage:
         noise: one fixed unit noise, alike.
         cleans: the estimates of the run before by step, not enlarged.
         first: step at which this run begins.
+        seeds: ``(B,)`` int64 of the samples.
         cond: conditions of the B samples.
         maps: what the preset's ``watch`` gathered in the run at the trained size.
         images: decodes latents to pictures in [-1, 1], where the caller can.
@@ -76,6 +77,7 @@ class Stage:
     noise: Tensor
     cleans: dict[int, Tensor]
     first: int
+    seeds: Tensor
     cond: Conditioning
     maps: Any = None
     images: Callable[[Tensor], Tensor] | None = None
@@ -122,6 +124,41 @@ def cascade_sides(
     return [*sizes, target]
 
 
+@contextmanager
+def scaled_guidance(
+    preset: Preset,
+    guidance: Guidance,
+    solver: Sampler,
+    process: NoiseProcess | None,
+    *,
+    model: nn.Module,
+    native: Sides,
+    target: Sides,
+) -> Iterator[Guidance]:
+    """Put a preset of one run on a network, and give the guidance that its views want.
+
+    For searches, which step trajectories themselves.
+
+    Args:
+        preset: of one run.
+        guidance: of the views.
+        solver: whose levels tell the steps.
+        process: of the views; None of scale-wise ones.
+        model: the network.
+        native: height and width of latents it was trained on.
+        target: those wanted.
+
+    Raises:
+        ConfigError: a cascade, or a preset that does not fit the network.
+    """
+    ops = operators_of(preset, model, native, target)
+    levels = None
+    if isinstance(solver, GridSampler) and process is not None:
+        levels = RunLevels(process, solver.levels(process))
+    with apply_resolution(model, ops, native=native, target=target, schedule=levels):
+        yield guidance if levels is None else ScaledGuidance(guidance, ops, levels)
+
+
 def start_step(steps: int, strength: float) -> int:
     """Return the step at which a run of ``strength`` (a share of all steps) begins."""
     return steps - min(max(round(strength * steps), 1), steps)
@@ -156,7 +193,7 @@ def sample_scaled(
     native: Sequence[int],
     target: Sequence[int],
     preset: Preset,
-    enlarge: Resize = bicubic,
+    enlarge: Resize | None = None,
     images: Callable[[Tensor], Tensor] | None = None,
 ) -> Scaled:
     """Sample at another size by a preset.
@@ -177,6 +214,9 @@ def sample_scaled(
         enlarge: makes the guide of a larger run; default is bicubic in the space of latents.
         images: decodes latents, for presets that look at pictures.
 
+    Returns:
+        finished latents, and what they cost.
+
     Raises:
         ConfigError: preset, network, sizes or sampler do not fit together.
     """
@@ -188,7 +228,9 @@ def sample_scaled(
     if not preset.cascade:
         ops = preset.operators(model, small, large)
         return Scaled(runs.go(ops, large).latents, runs.nfe)
-    _check_solver(solver, preset)
+    problem = sampler_refusal(solver, preset)
+    if problem is not None:
+        raise ConfigError(problem)
     assert isinstance(solver, GridSampler)
     watch = preset.watch(model, small)
     with nullcontext() if watch is None else watch as maps:
@@ -197,7 +239,7 @@ def sample_scaled(
     for index, sides in enumerate(
         cascade_sides(small, large, size_step(model), doubling=preset.doubling)
     ):
-        guide = enlarge(run.latents, sides)
+        guide = (enlarge or bicubic)(run.latents, sides)
         keys = rng.key(runs.seeds, index + 1, rng.Purpose.RENOISE).to(guide.device)
         stage = Stage(
             index=index,
@@ -209,17 +251,18 @@ def sample_scaled(
             noise=rng.normal(keys, tuple(guide.shape[1:])).to(guide.dtype),
             cleans=run.cleans,
             first=start_step(solver.num_steps, preset.strength_of(index)),
+            seeds=runs.seeds,
             cond=cond,
             maps=maps,
             images=images,
         )
-        noise = preset.noise(stage)
         run = runs.go(
             preset.guided(model, stage),
             sides,
-            start=replace(stage, noise=noise),
+            start=stage,
+            begin=preset.begins_at(stage),
             record=preset.records,
-            shift=preset.shift(stage),
+            shift=preset.time_shift(stage),
         )
         run = run._replace(latents=preset.finished(run.latents, base))
         before = sides
@@ -256,10 +299,11 @@ class _Runs:
         sides: Sides,
         *,
         start: Stage | None = None,
+        begin: Tensor | None = None,
         record: bool = False,
         shift: float = 1.0,
     ) -> _Run:
-        """Run from noise, or from the stage's guide with noise, to the end."""
+        """Run from noise, or from clean latents ``begin`` with the stage's noise, to the end."""
         view: Any = self.view_at(sides)
         if not isinstance(self.solver, GridSampler) or not isinstance(view, Denoiser):
             with apply_resolution(self.model, ops, native=self.native, target=sides):
@@ -275,8 +319,8 @@ class _Runs:
             if ops:
                 view = ScaledView(view, ops, levels)
             state = solver.start(view, self.cond, self.seeds)
-            if start is not None:
-                state = _noised(state, start, levels)
+            if start is not None and begin is not None:
+                state = _noised(state, start, begin, levels)
             cleans: dict[int, Tensor] = {}
             for step in range(first, solver.num_steps):
                 state = _changed(solver, scaled, state, levels, step)
@@ -288,13 +332,12 @@ class _Runs:
         return _Run(solver.finish(state), cleans)
 
 
-def _noised(state: State, stage: Stage, levels: RunLevels) -> State:
-    """Begin at the stage's step from its guide; draws differ from those of other runs."""
+def _noised(state: State, stage: Stage, clean: Tensor, levels: RunLevels) -> State:
+    """Begin at the stage's step from clean latents; draws differ from those of other runs."""
     count = len(state)
-    begin = levels.levels.select(torch.tensor([stage.first]))
-    x = on(begin.alpha, state.x) * stage.guide.to(state.x) + on(begin.sigma, state.x) * (
-        stage.noise.to(state.x)
-    )
+    level = levels.levels.select(torch.tensor([stage.first]))
+    alpha, sigma = on(level.alpha, state.x), on(level.sigma, state.x)
+    x = alpha * clean.to(state.x) + sigma * stage.noise.to(state.x)
     lineage = rng.key(state.lineage, stage.index + 1, rng.Purpose.RENOISE)
     step = torch.full((count,), stage.first, dtype=torch.int64)
     return state.replace(x=x, step=step, lineage=lineage)
@@ -309,10 +352,12 @@ def _changed(
     return state if x is state.x else solver.forget(state.replace(x=x))
 
 
-def _check_solver(solver: Sampler, preset: Preset) -> None:
-    if isinstance(solver, GridSampler) and not isinstance(solver, DiffusersSampler):
-        return
-    raise ConfigError(
+def sampler_refusal(solver: Sampler, preset: Preset) -> str | None:
+    """Return why a sampler cannot serve a preset, in a sentence; None where it can."""
+    steps = isinstance(solver, GridSampler) and not isinstance(solver, DiffusersSampler)
+    if steps or not preset.cascade:
+        return None
+    return (
         f"resolution={preset.name} needs a sampler that can begin at any level of its grid, which "
         f"{solver.label} cannot. Use sampler=ddim, euler or dpmpp_2m."
     )

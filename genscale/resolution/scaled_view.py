@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from genscale.conditioning.base import Conditioning
+from genscale.guidance.base import Guidance
 from genscale.objectives.base import Denoiser, Level, Prediction, on
 from genscale.objectives.schedule import NoiseProcess
 from genscale.resolution.base import ResolutionOp
@@ -56,6 +57,43 @@ class RunLevels:
     def _time(self, t: float) -> Tensor:
         moment = torch.tensor(t, dtype=torch.float64)
         return self.process.time_of(torch.log1p(-moment) - torch.log(moment))
+
+
+class ScaledGuidance(Guidance):
+    """Guidance whose views are :class:`ScaledView`, for callers that wrap views themselves.
+
+    Args:
+        guidance: what guides.
+        operators: see :class:`ScaledView`; they are on the network already.
+        levels: see there.
+    """
+
+    def __init__(
+        self, guidance: Guidance, operators: Sequence[ResolutionOp], levels: RunLevels
+    ) -> None:
+        self.guidance, self.operators, self.levels = guidance, list(operators), levels
+
+    def check(self, process: NoiseProcess) -> list[str]:
+        """Return what the guidance says."""
+        return self.guidance.check(process)
+
+    def along(self, levels: Level | None) -> Guidance:
+        """Return this for a sampler."""
+        return ScaledGuidance(self.guidance.along(levels), self.operators, self.levels)
+
+    @property
+    def active(self) -> bool:
+        """Whether the guidance is."""
+        return self.guidance.active
+
+    def wrap(self, view: Any) -> ScaledView:
+        """Return the guided view within the operators."""
+        return ScaledView(self.guidance.wrap(view), self.operators, self.levels)
+
+    @property
+    def label(self) -> str:
+        """That of the guidance."""
+        return self.guidance.label
 
 
 class ScaledView(Denoiser):
