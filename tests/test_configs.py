@@ -27,9 +27,11 @@ READ_BACK |= {("text_encoder", "run")}
 READ_BACK |= {("sampler", "none"), ("reward", "none")}  # say that there is none
 
 AUTOENCODERS = {"msvq", "kl_small"}  # trained like a backbone, and none
+UPSCALERS = {"lua", "lua_flux", "swinir", "swinir_light", "swinir_m", "swinir_l", "espcn"}
+UPSCALERS |= {"irn", "irn_x2", "irn_x4"}
 # clips of the published size
 OF_ONE_SIZE = {"snap_video_500m", "snap_video_3_9b", "snap_video_3_9b_upsampler", "causal_wan_1_3b"}
-OF_SAMPLING = {"step_cache", "search", "reward", "upscaling", "resolution"}  # groups that training does not have
+OF_SAMPLING = {"step_cache", "search", "reward", "upscaling", "resolution"}  # of sampling alone
 
 
 def options(group: str) -> list[str]:
@@ -80,7 +82,9 @@ def test_every_file_says_what_it_is(group: str) -> None:
         assert lines[0].startswith("# "), f"{path.name} starts without a comment"
 
 
-@pytest.mark.parametrize("option", [o for o in options("model") if o not in AUTOENCODERS])
+@pytest.mark.parametrize(
+    "option", [o for o in options("model") if o not in AUTOENCODERS | UPSCALERS]
+)
 def test_a_model_alone_is_enough(option: str) -> None:
     cfg = composed("train", [f"model={option}"])
     with torch.device("meta"):
@@ -129,6 +133,33 @@ def test_an_autoencoder_alone_is_enough(option: str) -> None:
         sides = [h for h, w in model.scales]
         assert sides[:3] == [1, 2, 4]
         assert sides[-1] == side
+
+
+# parameters of the published sizes, for RGB, as the papers' programs count them
+PUBLISHED_UPSCALERS = {
+    "lua_flux": 54_917_584,
+    "swinir_light": 910_152,
+    "swinir_m": 11_752_487,
+    "swinir_l": 28_013_059,
+    "irn_x2": 1_667_952,
+    "irn_x4": 4_355_136,
+}
+
+
+@pytest.mark.parametrize("option", sorted(UPSCALERS))
+def test_an_upscaler_alone_is_enough(option: str) -> None:
+    cfg = composed("train", [f"model={option}", "data=scenes"])
+    with torch.device("meta"):
+        model = instantiate(cfg.model, "model")
+        autoencoder = instantiate(cfg.autoencoder, "autoencoder")
+    recipe = instantiate(cfg.objective, "objective")
+    assert recipe.build(model, seed=0, autoencoder=autoencoder).model is model
+    of_latents = option.startswith("lua")
+    assert model.space == ("latent" if of_latents else "pixel")
+    assert model.channels == (cfg.autoencoder.latent_channels if of_latents else 3)
+    if option in PUBLISHED_UPSCALERS:
+        count = sum(p.numel() for p in model.parameters())
+        assert count == PUBLISHED_UPSCALERS[option]
 
 
 def test_an_explicit_objective_wins_over_the_model() -> None:

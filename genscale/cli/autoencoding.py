@@ -4,12 +4,40 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from genscale.cli.app import instantiate
+from genscale.cli.trained_autoencoders import trained_node
+from genscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from genscale.autoencoders.base import Autoencoder
+
+
+def settle_autoencoder(cfg: DictConfig) -> None:
+    """Let ``autoencoder=run autoencoder.run=<folder>`` mean whatever that run trained, in place.
+
+    Raises:
+        ConfigError: no folder is given, or the run there trained no autoencoder; or other places
+            are given besides.
+    """
+    node = cfg.autoencoder
+    if node.get("_target_"):
+        return
+    if node.get("run") is None:
+        raise ConfigError(
+            "autoencoder=run needs the folder of a run that trained one. Give autoencoder.run=<run "
+            "of model=kl_small or model=msvq>."
+        )
+    sizes = ("latent_channels", "downsample", "image_channels")  # the run's own
+    others = [k for k, value in node.items() if k not in ("run", *sizes) and value is not None]
+    if others:
+        raise ConfigError(
+            f"autoencoder.{others[0]} was given, but autoencoder=run takes what a run trained as "
+            "it is. Leave it out, or give another autoencoder=..."
+        )
+    with open_dict(cfg):
+        cfg.autoencoder = trained_node(str(node.run))
 
 
 def autoencoder_problems(cfg: DictConfig, datamodule: Any) -> list[str]:
@@ -95,8 +123,6 @@ def clip_problems(autoencoder: Autoencoder, num_frames: int) -> list[str]:
         autoencoder: of any kind.
         num_frames: of the clips; 0 for pictures.
     """
-    from genscale.errors import ConfigError
-
     if autoencoder.temporal_downsample is None:
         return []
     if not num_frames:

@@ -63,7 +63,7 @@ def sample(cfg: DictConfig) -> None:
     from genscale.training.callbacks.reconstructions import save_pairs
 
     started = time.perf_counter()
-    _refuse_settings(cfg)
+    refuse_settings(cfg, "trained an autoencoder, which reconstructs held-out pictures")
     found = _reconstruct(cfg, cfg.num_samples)
     if dist.initialise()[0] == 0:
         folder = output_folder(cfg, "samples")
@@ -102,7 +102,7 @@ def evaluate(cfg: DictConfig) -> None:
     from genscale.training.callbacks.reconstructions import save_pairs
 
     started = time.perf_counter()
-    _refuse_settings(cfg)
+    refuse_settings(cfg, "trained an autoencoder, which reconstructs held-out pictures")
     found = _reconstruct(cfg, cfg.num_samples)
     if dist.initialise()[0] == 0:
         values = [*_closeness(found), *_usage(found)]
@@ -127,20 +127,27 @@ def evaluate(cfg: DictConfig) -> None:
     dist.finish()
 
 
-def _refuse_settings(cfg: DictConfig) -> None:
-    """Refuse what has no meaning for a run that reconstructs: nothing is ignored in silence."""
+def refuse_settings(cfg: DictConfig, does: str) -> None:
+    """Refuse what has no meaning for a run that does not generate: nothing is ignored in silence.
+
+    Args:
+        cfg: of ``sample.py`` or ``evaluate.py``.
+        does: what such a run does, as a predicate.
+
+    Raises:
+        ConfigError: something is given that is for generating runs.
+    """
     for group in _OF_SAMPLING:
         node = cfg.get(group)
         given = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else None
         values = [v for k, v in given.items() if v is not None] if isinstance(given, dict) else []
         if values and not str(values[0]).endswith(_NOTHING):
-            raise ConfigError(
-                f"{group}=... was given, but run={cfg.run} trained an autoencoder, which "
-                "reconstructs held-out pictures. Leave it out."
-            )
+            raise ConfigError(f"{group}=... was given, but run={cfg.run} {does}. Leave it out.")
+    if cfg.get("size") is not None:
+        raise ConfigError(f"size={cfg.size} was given, but run={cfg.run} {does}. Leave it out.")
     if cfg.get("precision", "float32") != "float32":
         raise ConfigError(
-            f"precision={cfg.precision} was given, but reconstructions are made in float32. "
+            f"precision={cfg.precision} was given, but run={cfg.run} {does}, in float32. "
             "Leave it out."
         )
 

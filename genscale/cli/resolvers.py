@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from genscale.errors import ConfigError
+from genscale.errors import ConfigError, GenscaleError
 
 Number = int | float
 
@@ -89,6 +89,17 @@ def mul(*factors: Number) -> Number:
     return math.prod(factors)
 
 
+def share(total: int, part: float) -> int:
+    """Return a part of a whole number, rounded down: ``${share:${trainer.max_steps},0.2}``.
+
+    Raises:
+        ConfigError: a part outside [0, 1].
+    """
+    if not 0.0 <= part <= 1.0:
+        raise ConfigError(f"share was asked for {part} of {total}. Give a number in [0, 1].")
+    return int(total * part)
+
+
 def count(items: Sequence[Any] | None) -> int | None:
     """Return how many items a list has; None where there is no list yet."""
     return None if items is None else len(items)
@@ -117,6 +128,25 @@ def tokenizer(run: str | None, setting: str, otherwise: Any) -> Any:
     return read_settings(run)[setting] if holds_tokenizer(run) else otherwise
 
 
+def trained(run: str | None, setting: str) -> Any:
+    """Return what the autoencoder that a run trained says of itself.
+
+    None where there is no run or none of an autoencoder, which is told before anything is built.
+
+    Args:
+        run: its folder.
+        setting: ``latent_channels``, ``downsample`` or ``image_channels``.
+    """
+    if run is None:
+        return None
+    from genscale.cli.trained_autoencoders import trained_node
+
+    try:
+        return trained_node(run)[setting]
+    except GenscaleError:
+        return None
+
+
 def register_resolvers() -> None:
     """Make them known to OmegaConf; may be called any number of times."""
     from omegaconf import OmegaConf
@@ -125,10 +155,12 @@ def register_resolvers() -> None:
         latent_size,
         latent_frames,
         scale_sides,
+        share,
         count,
         frames_of,
         div,
         mul,
         tokenizer,
+        trained,
     ):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

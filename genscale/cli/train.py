@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from genscale import dist
 from genscale.cli.app import instantiate
+from genscale.cli.autoencoding import settle_autoencoder
 from genscale.cli.fitting import build_trainer, shown, summarise, train_log, usual_callbacks
 from genscale.cli.placing import locate
 from genscale.cli.sample import label_law
@@ -38,6 +39,7 @@ def run(cfg: DictConfig) -> None:
     with open_dict(cfg):
         cfg.name = cfg.name or default_name(cfg)
     forget_hydra()
+    settle_autoencoder(cfg)
     of_backbone = not is_trainable(cfg)
     datamodule = check(cfg) if of_backbone else check_trainable(cfg)
     adopt_data(cfg, datamodule)

@@ -8,6 +8,16 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from genscale.cli.app import instantiate
+from genscale.cli.enlargers import (
+    build_enlarger,
+    enlarger_problems,
+    export_enlarger,
+    facts_writer,
+    picture_problems,
+    prepare_enlarger,
+    trainer_problems,
+    trains_enlarger,
+)
 from genscale.cli.fitting import build_trainer, shown, summarise, train_log, usual_callbacks
 from genscale.cli.startup import logger_problems, problem_of, settings_problems
 from genscale.errors import ConfigError
@@ -22,11 +32,13 @@ _CARRIED_OUT_HERE = ("gradient_clip_val", "accumulate_grad_batches")
 
 
 def is_trainable(cfg: DictConfig) -> bool:
-    """Return whether a run trains an autoencoder: its model says so, or its objective."""
+    """Return whether a run trains no backbone: its model says so, or its objective."""
     from genscale.training.autoencoder_run import trains_autoencoder
 
     model = str(OmegaConf.select(cfg, "model._target_"))
-    return model.startswith(_ROOM) or trains_autoencoder({"objective": cfg.objective})
+    if model.startswith(_ROOM) or trains_autoencoder({"objective": cfg.objective}):
+        return True
+    return trains_enlarger(cfg)
 
 
 def check_trainable(cfg: DictConfig) -> Any:
@@ -35,7 +47,9 @@ def check_trainable(cfg: DictConfig) -> Any:
     Returns:
         the data module: reading the data is part of the check, and is done once.
     """
-    problems = settings_problems(cfg) + _combination_problems(cfg)
+    enlarges = trains_enlarger(cfg)
+    misfits = enlarger_problems(cfg) if enlarges else _combination_problems(cfg)
+    problems = settings_problems(cfg) + misfits
     if problems:
         raise ConfigError("\n".join(problems))
     built: dict[str, Any] = {}
@@ -47,7 +61,9 @@ def check_trainable(cfg: DictConfig) -> Any:
         problems += problem_of(partial(build, path))
     if "objective" in built:
         problems += built["objective"].check()
-    if "data" in built:
+    if "data" in built and enlarges:
+        problems += picture_problems(cfg, built["data"], built.get("objective"))
+    elif "data" in built:
         problems += _data_problems(built["data"], built.get("objective"))
     problems += logger_problems(cfg)
     if problems:
@@ -80,22 +96,7 @@ def _combination_problems(cfg: DictConfig) -> list[str]:
             f"{name} is an autoencoder itself, and learns from pixels, but another one was given "
             "with autoencoder=... Leave it out."
         )
-    if cfg.sampler.get("_target_"):
-        problems.append(f"{name} is not sampled from. Leave sampler=... out.")
-    for key in ("compile", "checkpoint_blocks"):
-        if cfg[key]:
-            problems.append(f"{key}=true is not known to the training of {name}. Leave it out.")
-    if "FullySharded" in str(OmegaConf.select(cfg, "trainer.strategy._target_")):
-        problems.append(
-            f"trainer=fsdp shards a backbone's blocks, but {name} is trained whole on every "
-            "device. Give trainer=ddp."
-        )
-    if str(cfg.trainer.get("precision", "")).startswith("16"):
-        problems.append(
-            f"trainer.precision={cfg.trainer.precision} needs a gradient scaler, which {name} is "
-            "trained without. Give bf16-mixed or 32-true."
-        )
-    return problems
+    return problems + trainer_problems(cfg, name)
 
 
 def _data_problems(datamodule: Any, recipe: TrainableRecipe | None) -> list[str]:
@@ -123,15 +124,14 @@ def assemble_trainable(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> t
     """Build trainer, module and log."""
     import torch
 
-    from genscale.training.autoencoder_run import count_flops
     from genscale.training.callbacks.reconstructions import Reconstructions
     from genscale.training.trainable_module import TrainableModule
 
     torch.manual_seed(cfg.seed)  # initial weights; everything later is keyed
-    recipe: TrainableRecipe = instantiate(cfg.objective, "objective")
     accumulate = int(cfg.trainer.accumulate_grad_batches)
+    enlarges = trains_enlarger(cfg)
     module = TrainableModule(
-        trainable=recipe.build(instantiate(cfg.model, "model"), seed=cfg.seed),
+        trainable=build_enlarger(cfg) if enlarges else _build_autoencoder(cfg),
         optimizer=instantiate(cfg.optim, "optim"),
         lr_schedule=instantiate(cfg.lr_schedule, "lr_schedule"),
         ema=instantiate(cfg.ema, "ema"),
@@ -141,10 +141,11 @@ def assemble_trainable(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> t
         seed=cfg.seed,
     )
     datamodule.accumulate = accumulate
-    module.flops = count_flops(module.model, datamodule.channels, datamodule.resolution)
+    prepare = prepare_enlarger if enlarges else _prepare_autoencoder
+    make = prepare(module, datamodule)
     log = train_log(cfg, folder, module.flops[""])
     options = cfg.callbacks
-    looks = [
+    looks: list[Any] = [
         Reconstructions(
             datamodule.heldout or datamodule.train,
             folder,
@@ -153,17 +154,36 @@ def assemble_trainable(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> t
             metrics_every=options.metrics_every,
             metrics_count=options.metrics_samples,
             log=log,
+            make=make,
         )
     ]
+    if enlarges:
+        looks.append(facts_writer(module, datamodule, folder))
     callbacks = usual_callbacks(cfg, folder, module, log, looks)
     trainer = build_trainer(cfg, folder, callbacks, without=_CARRIED_OUT_HERE)
     return trainer, module, log
+
+
+def _build_autoencoder(cfg: DictConfig) -> Any:
+    recipe: TrainableRecipe = instantiate(cfg.objective, "objective")
+    return recipe.build(instantiate(cfg.model, "model"), seed=cfg.seed)
+
+
+def _prepare_autoencoder(module: Any, datamodule: Any) -> Any:
+    """Count operations; return what the network makes of pictures."""
+    from genscale.training.autoencoder_run import count_flops, reconstruct
+
+    module.flops = count_flops(module.model, datamodule.channels, datamodule.resolution)
+    return reconstruct
 
 
 def export_trainable(
     cfg: DictConfig, folder: RunFolder, trainer: Any, module: Any, log: Any
 ) -> None:
     """Write ``export/``, ``summary.json`` and the report, and say how to go on."""
+    if trains_enlarger(cfg):
+        export_enlarger(cfg, folder, module, log)
+        return
     from genscale.training.autoencoder_run import load_autoencoder, save_autoencoder
 
     network, _ = load_autoencoder(folder.path, device="cpu")

@@ -24,6 +24,7 @@ from genscale.rng import Purpose
 from genscale.run_weights import MAIN, Origin, read_weights
 from genscale.runs import RunFolder
 from genscale.training.trainable import TrainableRecipe
+from genscale.training.upscaling import UpscalerRecipe
 
 _MEASURED_ON = 2048  # training pictures whose latents are standardised
 
@@ -39,7 +40,8 @@ def trains_autoencoder(config: Mapping[str, Any]) -> bool:
         recipe = getattr(import_module(module), name)
     except (ImportError, AttributeError):
         return False  # told where the objective is built
-    return isinstance(recipe, type) and issubclass(recipe, TrainableRecipe)
+    trainable = isinstance(recipe, type) and issubclass(recipe, TrainableRecipe)
+    return trainable and not issubclass(recipe, UpscalerRecipe)
 
 
 def load_autoencoder(

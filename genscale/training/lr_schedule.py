@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -114,6 +114,45 @@ class WarmupStableDecay(Schedule):
         """Return 1 until the decay begins, then the cosine factor."""
         length = max(self.decay_fraction * max_steps, 1.0)
         return _half_cosine((step - (max_steps - length)) / length, self.final_scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultiStep(Schedule):
+    """Constant, times ``gamma`` at every milestone, as recipes of super-resolution have it.
+
+    Args:
+        milestones: shares of a period at which the rate falls, rising, in (0, 1).
+        gamma: factor at a milestone, in (0, 1].
+        periods: equal parts of the run; each starts at the peak again.
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+
+    milestones: Sequence[float] = (0.5, 0.75, 0.9)
+    gamma: float = 0.5
+    periods: int = 1
+
+    def __post_init__(self) -> None:
+        Schedule.__post_init__(self)
+        marks = list(self.milestones)
+        if marks != sorted(marks) or not all(0 < mark < 1 for mark in marks):
+            raise ConfigError(
+                "lr_schedule.milestones must be rising shares in (0, 1), but "
+                f"{marks} was given. Give e.g. [0.5,0.75,0.9]."
+            )
+        if not 0 < self.gamma <= 1 or self.periods < 1:
+            raise ConfigError(
+                "lr_schedule.gamma must lie in (0, 1] and periods be at least 1, but "
+                f"{self.gamma} and {self.periods} were given."
+            )
+
+    def after_warmup(self, step: int, max_steps: int) -> float:
+        """Return gamma to the power of the milestones passed in this period."""
+        length = max_steps / self.periods
+        within = min(step, max_steps - 1) % length
+        passed: int = sum(within >= mark * length for mark in self.milestones)
+        return float(self.gamma**passed)
 
 
 Shape = Literal["linear", "cosine", "exponential", "broken_linear"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from genscale import rng
-from genscale.autoencoders.base import Autoencoder
 from genscale.data.base import ImageDataset
 from genscale.io.images import from_uint8, save_grid, to_uint8
 from genscale.metrics.reconstruction import picture_psnr
@@ -34,6 +35,7 @@ class Reconstructions(StepCallback):
         metrics_every: optimizer steps between measurements; 0 turns them off.
         metrics_count: pictures measured, at most.
         log: where rows go, and whose clock leaves out the time spent here.
+        make: what the averaged network makes of pictures ``(n, C, H, W)`` in [-1, 1].
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class Reconstructions(StepCallback):
         metrics_every: int,
         metrics_count: int,
         log: TrainLog,
+        make: Callable[[Any, Tensor], Tensor] = reconstruct,
     ) -> None:
+        self.make = make
         self.pictures = pictures
         self.run = run
         self.grid_every = grid_every
@@ -65,7 +69,7 @@ class Reconstructions(StepCallback):
         if trainer.is_global_zero:
             if wants_grid:
                 images, made = reconstructed(
-                    module.ema, self.pictures, max(self.grid_count // 2, 1)
+                    module.ema, self.pictures, max(self.grid_count // 2, 1), self.make
                 )
                 path = self.run.samples_dir / f"step-{module.step:08d}.png"
                 save_pairs(images, made, path)
@@ -75,7 +79,7 @@ class Reconstructions(StepCallback):
         self.train_log.exclude(time.perf_counter() - started)
 
     def _measure(self, trainer: pl.Trainer, module: StepModule) -> None:
-        images, made = reconstructed(module.ema, self.pictures, self.metrics_count)
+        images, made = reconstructed(module.ema, self.pictures, self.metrics_count, self.make)
         row = {"eval/psnr": float(picture_psnr(images, made).mean())}
         progress = {
             "step": module.step,
@@ -94,7 +98,10 @@ def some_rows(count: int, size: int) -> Tensor:
 
 
 def reconstructed(
-    network: Autoencoder, pictures: ImageDataset, count: int
+    network: Any,
+    pictures: ImageDataset,
+    count: int,
+    make: Callable[[Any, Tensor], Tensor] = reconstruct,
 ) -> tuple[Tensor, Tensor]:
     """Return ``count`` pictures and what a network makes of them: uint8 ``(n, C, H, W)`` each."""
     rows = some_rows(count, len(pictures))
@@ -102,7 +109,7 @@ def reconstructed(
     images, made = [], []
     for part in torch.split(rows, _BATCH):
         images.append(pictures.images(part))
-        made.append(to_uint8(reconstruct(network, from_uint8(images[-1]).to(device))).cpu())
+        made.append(to_uint8(make(network, from_uint8(images[-1]).to(device))).cpu())
     return torch.cat(images), torch.cat(made)
 
 
