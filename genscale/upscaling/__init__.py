@@ -17,6 +17,7 @@ _PUBLIC = {
     "LatentUpscaler": "genscale.upscaling.latent_upscaler",
     "SwinIR": "genscale.upscaling.swinir",
     "Upscaler": "genscale.upscaling.base",
+    "Upscaling": "genscale.upscaling.stage",
     "WDSR": "genscale.upscaling.wdsr",
     "adapt_channels": "genscale.upscaling.lua",
     "collaborative_downscale": "genscale.upscaling.collaborative",
@@ -35,6 +36,7 @@ __all__ = [
     "LatentUpscaler",
     "SwinIR",
     "Upscaler",
+    "Upscaling",
     "adapt_channels",
     "collaborative_downscale",
     "decode",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from genscale.upscaling.latent_conventions import decode, to_vae_space
     from genscale.upscaling.latent_upscaler import LatentUpscaler, with_latent_upscaler
     from genscale.upscaling.lua import LUA, adapt_channels
+    from genscale.upscaling.stage import Upscaling
     from genscale.upscaling.swinir import SwinIR
     from genscale.upscaling.wdsr import WDSR
 
