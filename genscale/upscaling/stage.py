@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from genscale.autoencoders.base import Autoencoder, Variational, weights_digest
@@ -16,7 +15,8 @@ from genscale.autoencoders.frames import by_frame, on_clips
 from genscale.errors import ConfigError
 from genscale.run_weights import MAIN
 from genscale.upscaling.base import Upscaler
-from genscale.upscaling.latent_conventions import DECODE_LIMIT, DECODE_TILE, known_family
+from genscale.upscaling.latent_conventions import DECODE_LIMIT, DECODE_TILE
+from genscale.upscaling.latent_space import decoder_affine, space_of
 from genscale.upscaling.latent_upscaler import LatentUpscaler
 from genscale.upscaling.loading import UpscalerFacts, facts_of, load_upscaler
 from genscale.upscaling.tiling import check_tiles, in_tiles
@@ -192,7 +192,7 @@ class Upscaling:
     def _enlarge_latents(self, autoencoder: Autoencoder, latents: Tensor) -> Tensor:
         """Enlarge latents ``(B, C, h, w)`` of a sampler, in the space of the decoder."""
         assert self._latents is not None
-        shift, scale = _affine(autoencoder, latents)
+        shift, scale = decoder_affine(autoencoder, latents)
         u = latents / scale + shift
         if not self._looked:  # at the first batch: looking waits for the device
             self._latents.look_at(u)
@@ -274,29 +274,9 @@ class Upscaling:
                 f"those of {name} have {autoencoder.downsample}: another latent space. Give an "
                 "upscaler trained on its latents."
             )
-        family, own = self.facts.family, _family(autoencoder)
+        family, own = self.facts.family, space_of(autoencoder)
         if None not in (family, own) and family != own:
             raise ConfigError(
                 f"upscaling={self.name} is for latents of the space '{family}', but those of "
                 f"{name} are of '{own}'. Give one of that space, or fine-tune this one."
             )
-
-
-def _affine(autoencoder: Autoencoder, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return shift and scale of latents = (z - shift) * scale, to be broadcast over pictures."""
-    if not isinstance(autoencoder, Variational):
-        return like.new_zeros(()), like.new_ones(())
-    settings = autoencoder.settings()
-    numbers = (torch.as_tensor(settings[name], dtype=torch.float32) for name in ("shift", "scale"))
-    shift, scale = (n.to(like.device).reshape(1, -1, 1, 1) for n in numbers)
-    return shift, scale
-
-
-def _family(autoencoder: Autoencoder) -> str | None:
-    """Return the name of an autoencoder's latent space, where its numbers are of one known."""
-    if not isinstance(autoencoder, Variational):
-        return None
-    settings = autoencoder.settings()
-    if "kind" in settings:  # of clips
-        return str(settings["kind"])
-    return known_family(autoencoder.latent_channels, settings["scale"], settings["shift"])
