@@ -28,7 +28,7 @@ READ_BACK |= {("sampler", "none"), ("reward", "none")}  # say that there is none
 
 AUTOENCODERS = {"msvq", "kl_small"}  # trained like a backbone, and none
 UPSCALERS = {"lua", "lua_flux", "swinir", "swinir_light", "swinir_m", "swinir_l", "espcn"}
-UPSCALERS |= {"irn", "irn_x2", "irn_x4"}
+UPSCALERS |= {"irn", "irn_x2", "irn_x4", "irn_dual", "iarn", "wdsr"}
 # clips of the published size
 OF_ONE_SIZE = {"snap_video_500m", "snap_video_3_9b", "snap_video_3_9b_upsampler", "causal_wan_1_3b"}
 OF_SAMPLING = {"step_cache", "search", "reward", "upscaling", "resolution"}  # of sampling alone

@@ -21,8 +21,12 @@ _RECIPES = {
     "LUA": ("lua", "LatentUpscaling"),
     "SwinIR": ("super_resolution", "SuperResolution"),
     "ESPCN": ("super_resolution", "SuperResolution"),
+    "WDSR": ("super_resolution", "SuperResolution"),
     "IRN": ("rescaling", "Rescaling"),
+    "IARN": ("arbitrary_rescaling", "ArbitraryRescaling"),
 }
+_BIJECTIONS = {"IRN", "IARN"}
+_MODELS = "model=lua, swinir, espcn, wdsr, irn or iarn"
 _OBJECTIVES = {name for _, name in _RECIPES.values()}
 
 
@@ -40,11 +44,11 @@ def enlarger_problems(cfg: DictConfig) -> list[str]:
     objective = str(cfg.objective._target_).rpartition(".")[2]
     if not model.startswith(_ROOM):
         return [
-            f"objective={objective} trains an upscaler, but {name} is none. Give model=lua, "
-            "swinir, espcn or irn, or another objective=..."
+            f"objective={objective} trains an upscaler, but {name} is none. Give {_MODELS}, or "
+            "another objective=..."
         ]
     if name not in _RECIPES:
-        return [f"model._target_={model} cannot be trained. Give model=lua, swinir, espcn or irn."]
+        return [f"model._target_={model} cannot be trained. Give {_MODELS}."]
     option, recipe = _RECIPES[name]
     problems = []
     if objective != recipe:
@@ -57,9 +61,10 @@ def enlarger_problems(cfg: DictConfig) -> list[str]:
             f"{name} enlarges pictures, but an autoencoder was given with autoencoder=... Leave "
             "it out, or give model=lua, which enlarges latents."
         )
-    if name == "IRN" and str(cfg.trainer.get("precision", "")) not in ("32-true", "32", "64-true"):
+    precision = str(cfg.trainer.get("precision", ""))
+    if name in _BIJECTIONS and precision not in ("32-true", "32", "64-true"):
         problems.append(
-            f"trainer.precision={cfg.trainer.precision} was given, but the inverse of IRN is none "
+            f"trainer.precision={precision} was given, but the inverse of {name} is none "
             "in half precision. Give trainer.precision=32-true."
         )
     return problems + trainer_problems(cfg, name)

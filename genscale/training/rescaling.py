@@ -27,6 +27,8 @@ class Rescaling(UpscalerRecipe):
             square of the scale, as published.
         reconstruction_weight: of the distance of the picture made again.
         latent_weight: of what is lost having the law of standard normal numbers.
+        extra_weight: of a second latent being zero again, where the model has
+            ``extra_latent_channels``.
 
     Raises:
         ConfigError: a value out of range.
@@ -35,10 +37,11 @@ class Rescaling(UpscalerRecipe):
     fit_weight: float | None = None
     reconstruction_weight: float = 1.0
     latent_weight: float = 1.0
+    extra_weight: float = 1.0
 
     def __post_init__(self) -> None:
         UpscalerRecipe.__post_init__(self)
-        for name in ("fit_weight", "reconstruction_weight", "latent_weight"):
+        for name in ("fit_weight", "reconstruction_weight", "latent_weight", "extra_weight"):
             if (getattr(self, name) or 0.0) < 0:
                 raise ConfigError(
                     f"objective.{name} must be 0 or more, but {getattr(self, name)} was given."
@@ -86,7 +89,7 @@ class RescalingTraining(UpscalerTraining):
             small, lost = model.downscale(x)
             kept = quantise(small)
             drawn = rng.normal(Purpose.LOST, model.latent_shape(kept))
-            rebuilt = model.restore(kept, drawn.to(kept.device))
+            rebuilt, extra = model.invert(kept, drawn.to(kept.device))
             reference = reduced(images, model.scale) / 2 + 0.5
             loss = rescaling_loss(
                 small=small,
@@ -95,14 +98,17 @@ class RescalingTraining(UpscalerTraining):
                 original=x,
                 latent=lost,
                 scale=model.scale,
+                extra=extra,
                 fit_weight=self.recipe.fit_weight,
                 reconstruction_weight=self.recipe.reconstruction_weight,
                 latent_weight=self.recipe.latent_weight,
+                extra_weight=self.recipe.extra_weight,
             )
         terms = {
             "loss_fit": loss.fit.detach(),
             "loss_reconstruction": loss.reconstruction.detach(),
             "loss_latent": loss.latent.detach(),
+            "loss_extra": loss.extra.detach(),
             "psnr": psnr(4 * (rebuilt - x).square().mean().detach()),
             "psnr_small": psnr(4 * (small - reference).square().mean().detach()),
         }

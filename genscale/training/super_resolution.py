@@ -14,6 +14,7 @@ from genscale.training.reconstruction import psnr
 from genscale.training.trainable import MODEL, GroupLosses, PictureBatch
 from genscale.training.upscaling import UpscalerRecipe, UpscalerTraining, reduced
 from genscale.upscaling.base import Upscaler
+from genscale.upscaling.iarn import IARN
 from genscale.upscaling.irn import IRN
 from genscale.upscaling.losses import eagle_loss, fourier_loss, l1_loss
 
@@ -58,10 +59,11 @@ class SuperResolution(UpscalerRecipe):
     ) -> SuperResolutionTraining:
         """Return the training of an upscaler of pictures; see :meth:`UpscalerRecipe.build`."""
         name = type(model).__name__
-        if not isinstance(model, Upscaler) or model.space != "pixel" or isinstance(model, IRN):
+        rescales = isinstance(model, IRN | IARN)
+        if not isinstance(model, Upscaler) or model.space != "pixel" or rescales:
             raise ConfigError(
                 "objective=super_resolution trains upscalers of pictures, but the model is "
-                f"{name}. Give model=swinir or model=espcn, or another objective=..."
+                f"{name}. Give model=swinir, espcn or wdsr, or another objective=..."
             )
         if min(model.scales) < 2:
             raise ConfigError(

@@ -93,7 +93,7 @@ class TrainedUpscaling(UpscalingChoice):
     def __init__(
         self,
         *,
-        kind: Literal["LUA", "SwinIR", "ESPCN", "IRN"],
+        kind: Literal["LUA", "SwinIR", "ESPCN", "WDSR", "IRN", "IARN"],
         run: str | None = None,
         file: str | None = None,
         checkpoint: str | int = "latest",

@@ -21,15 +21,17 @@ from genscale.run_weights import MAIN, read_weights
 from genscale.runs import RunFolder
 from genscale.upscaling.base import Upscaler
 from genscale.upscaling.espcn import ESPCN
+from genscale.upscaling.iarn import IARN
 from genscale.upscaling.interpolation import Interpolation
 from genscale.upscaling.irn import IRN
 from genscale.upscaling.lua import LUA
 from genscale.upscaling.swinir import SwinIR
+from genscale.upscaling.wdsr import WDSR
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FACTS = "upscaler.json"
 _KINDS: dict[str, type[Upscaler]] = {
-    kind.__name__: kind for kind in (LUA, SwinIR, ESPCN, IRN, Interpolation)
+    kind.__name__: kind for kind in (LUA, SwinIR, ESPCN, WDSR, IRN, IARN, Interpolation)
 }
 _ROOM = "genscale.upscaling."
 # files of the authors -> the latent space they are for
@@ -83,7 +85,7 @@ def load_upscaler(
     """Read an upscaler.
 
     Args:
-        source: the folder of a run of ``model=lua``, ``swinir``, ``espcn`` or ``irn``; a folder
+        source: the folder of a run of an upscaler, such as ``model=lua`` or ``irn``; a folder
             that :func:`save_upscaler` wrote, such as the ``export`` of a run; or a file of
             official layout.
         checkpoint: of a run: ``latest``, a step, or a file.
@@ -215,7 +217,7 @@ def _read_run(
         model = str((config.get("model") or {}).get("_target_", "nothing")).rpartition(".")[2]
         raise ConfigError(
             f"run={path} trained {model}, which is no upscaler. Give the run of model=lua, swinir, "
-            "espcn or irn."
+            "espcn, wdsr, irn or iarn."
         )
     state, origin = read_weights(folder, checkpoint, weights)
     make = partial(build, config["model"], path="model")
