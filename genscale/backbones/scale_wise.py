@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -29,6 +29,9 @@ from genscale.layers.scales import Scales, as_scales, scale_spans
 
 Spans = Sequence[tuple[int, int]]
 """First token of every scale, and the one after its last, in the row of all tokens."""
+
+LogitFactors = Callable[[Spans], Sequence[float]]
+"""From scales to a factor each."""
 
 
 class ScaleEmbedding(nn.Module):
@@ -135,7 +138,14 @@ class ScaleHead(nn.Module):
 
 
 def attend_by_scale(
-    q: Tensor, k: Tensor, v: Tensor, spans: Spans, *, prefix: bool, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Spans,
+    *,
+    prefix: bool,
+    scale: float | None = None,
+    factors: LogitFactors | None = None,
 ) -> Tensor:
     """Attend scale by scale, to whole scales.
 
@@ -147,18 +157,23 @@ def attend_by_scale(
         spans: of consecutive scales.
         prefix: a scale sees all scales up to itself; else itself alone.
         scale: factor of the logits; None is 1 / sqrt(d).
+        factors: further factors of the logits by scale, where there are any.
 
     Returns:
         ``(B, h, N, d)``.
     """
+    base = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scales = [scale] * len(spans)
+    if factors is not None:
+        scales = [base * factor for factor in factors(spans)]
     sizes = [end - begin for begin, end in spans]
     if prefix:
         seen = [(k[:, :, :end], v[:, :, :end]) for _, end in spans]
     else:
         seen = list(zip(k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True))
     parts = [
-        F.scaled_dot_product_attention(query, *pair, scale=scale)
-        for query, pair in zip(q.split(sizes, dim=2), seen, strict=True)
+        F.scaled_dot_product_attention(query, *pair, scale=factor)
+        for query, pair, factor in zip(q.split(sizes, dim=2), seen, scales, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
@@ -175,6 +190,7 @@ class ScaleAttention(nn.Module):
     """
 
     MAX_LOG_FACTOR = math.log(100.0)
+    logit_factors: LogitFactors | None = None  # set for a while by resolution scaling
 
     def __init__(self, hidden_size: int, num_heads: int, *, l2_norm: bool, prefix: bool) -> None:
         super().__init__()
@@ -216,7 +232,9 @@ class ScaleAttention(nn.Module):
             k = F.normalize(upcast(k), dim=-1).to(v.dtype)
         if slot is not None:
             k, v = write(slot, 0, spans[0][0], k, v)
-        y = attend_by_scale(q, k, v, spans, prefix=self.prefix, scale=self.scale)
+        y = attend_by_scale(
+            q, k, v, spans, prefix=self.prefix, scale=self.scale, factors=self.logit_factors
+        )
         return self.out(y.transpose(1, 2).flatten(2))
 
 

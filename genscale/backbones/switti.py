@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from genscale.backbones.base import register_to_config
 from genscale.backbones.scale_wise import (
+    LogitFactors,
     ScaleEmbedding,
     ScaleHead,
     ScaleTransformer,
@@ -80,6 +81,8 @@ class NormedScaleAttention(nn.Module):
         eps: added to the variance.
     """
 
+    logit_factors: LogitFactors | None = None  # set for a while by resolution scaling
+
     def __init__(
         self, hidden_size: int, num_heads: int, *, prefix: bool, eps: float = 1e-6
     ) -> None:
@@ -110,7 +113,7 @@ class NormedScaleAttention(nn.Module):
         q, k = (self._turned(part, rotation).to(v.dtype) for part in (q, k))
         if slot is not None:
             k, v = write(slot, 0, spans[0][0], k, v)
-        y = attend_by_scale(q, k, v, spans, prefix=self.prefix)
+        y = attend_by_scale(q, k, v, spans, prefix=self.prefix, factors=self.logit_factors)
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return out
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from genscale.backbones.base import Backbone, ScaleBackbone
-from genscale.backbones.fit_layers import Attention as ReadAttention
+from genscale.backbones.causal_video_block import VideoAttention
+from genscale.backbones.rin import RINBlock
 from genscale.backbones.scale_wise import ScaleAttention
 from genscale.backbones.switti import NormedScaleAttention
 from genscale.layers.attention import SelfAttention
@@ -51,7 +52,7 @@ NEEDS: Mapping[str, str] = {
     "tokens": "self-attention over a grid of tokens without rotary positions",
     "words": "attention to words",
     "continuous": "noisy samples that can be mixed, not tokens of scales",
-    "pictures": "pictures, not clips",
+    "pictures": "samples that are pictures",
 }
 
 
@@ -64,7 +65,8 @@ def traits(model: nn.Module) -> Traits:
     foreign = [m for m in modules if not own and hasattr(m, "to_q")]
     scale_wise = isinstance(model, ScaleBackbone)
     by_scale = any(isinstance(m, ScaleAttention | NormedScaleAttention) for m in modules)
-    reads = any(isinstance(m, ReadAttention) and m.context_norm is not None for m in modules)
+    # groups of a FIT are as large in any picture, and so is what its latents read
+    reads = any(isinstance(m, RINBlock | VideoAttention) for m in modules)
     shape = model.sample_shape if isinstance(model, Backbone) else (0, 0, 0)
     return Traits(
         entropy=bool(plain) or bool(foreign) or by_scale or reads,

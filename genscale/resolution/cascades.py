@@ -7,8 +7,9 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from genscale.backbones.base import Backbone
 from genscale.errors import ConfigError, did_you_mean
-from genscale.resolution.base import ResolutionOp, linear_factor
+from genscale.resolution.base import ResolutionOp, Sides, linear_factor
 from genscale.resolution.entropy import EntropyAttention
 from genscale.resolution.flow_guided import FlowAligned, Projection, SkipResidual
 from genscale.resolution.presets import Preset, check_share, fitting
@@ -30,7 +31,7 @@ class Cascade(Preset):
     """
 
     cascade = True
-    needs = ("continuous", "pictures")
+    needs = ("continuous",)
 
     def __init__(self, enlarge: Enlarge) -> None:
         if enlarge not in get_args(Enlarge):
@@ -83,7 +84,7 @@ class FreeScale(Cascade):
     """
 
     name = "freescale"
-    needs = ("continuous", "pictures", "tokens")
+    needs = ("continuous", "tokens")
     uses = ("tokens",)
     doubling = True
 
@@ -153,7 +154,7 @@ class IMax(Cascade):
         """Return the projection, adapted attention and moved patches."""
         return [
             *adapted_attention(model, self.ntk),
-            *([SwinPatches(size_step(model))] if self.swin_patches else []),
+            *(moved_patches(model, stage.sides) if self.swin_patches else []),
             Projection(stage.guide, stage.left),
         ]
 
@@ -214,7 +215,7 @@ class HiFlow(Cascade):
         ]
         return [
             *adapted_attention(model, self.ntk),
-            *([SwinPatches(size_step(model))] if self.swin_patches else []),
+            *(moved_patches(model, stage.sides) if self.swin_patches else []),
             FlowAligned(
                 references,
                 alpha=_at(self.alphas, stage.index),
@@ -227,6 +228,15 @@ class HiFlow(Cascade):
 def adapted_attention(model: nn.Module, ntk: float) -> list[ResolutionOp]:
     """Return entropy-keeping attention and NTK never slower than interpolation, where they fit."""
     return fitting(model, [EntropyAttention(), RotaryScaling("ntk_clip", ntk=ntk)])
+
+
+def moved_patches(model: nn.Module, sides: Sides) -> list[ResolutionOp]:
+    """Return patches that move, where the network can read a sample one patch larger."""
+    patch = size_step(model)
+    wider = (sides[0] + patch[0], sides[1] + patch[1])
+    if isinstance(model, Backbone) and model.size_problem(*wider) is not None:
+        return []
+    return [SwinPatches(patch)]
 
 
 def _at(values: Sequence[float], index: int) -> float:

@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genscale.backbones.base import Backbone
+from genscale.backbones.base import Backbone, ScaleBackbone
+from genscale.backbones.causal_video import CausalVideo
+from genscale.backbones.causal_video_block import VideoAttention
+from genscale.backbones.fit_layers import Attention
+from genscale.backbones.rin import RINBlock
+from genscale.backbones.scale_wise import LogitFactors, ScaleAttention
+from genscale.backbones.switti import NormedScaleAttention
 from genscale.errors import ConfigError
 from genscale.layers.attention import SelfAttention
 from genscale.layers.norm import upcast
+from genscale.layers.scales import scale_spans
 from genscale.resolution.base import Patches, ResolutionOp, Sides, extra_tokens
 
 
@@ -115,9 +122,18 @@ class EntropyAttention(ResolutionOp):
         before = len(self._patches)
         if own:
             state.fixed_extras = extra_tokens(model)
+        by_scale = _by_scale(model, target) if isinstance(model, ScaleBackbone) else None
+        video = _video_factor(model, native, target) if isinstance(model, CausalVideo) else 1.0
         for module in model.modules():
             if isinstance(module, SelfAttention):
                 _hook_own(module, state, self._patches)
+            elif isinstance(module, ScaleAttention | NormedScaleAttention) and by_scale:
+                self._patches.method(module, "logit_factors", by_scale(module.prefix))
+            elif isinstance(module, RINBlock):
+                _hook_reading(module.read, state, self._patches)
+            elif isinstance(module, VideoAttention):
+                scale = _scaling([video], third=False)
+                self._patches.hook(module.q_norm.register_forward_hook(scale))
             elif not own and _is_attention(module):
                 _hook_attention(module, state, self._patches)
         if len(self._patches) == before:
@@ -147,6 +163,46 @@ def _hook_own(layer: SelfAttention, state: ResolutionState, patches: Patches) ->
         return out * math.sqrt(state.factor(out.shape[2]))
 
     patches.hook(layer.qk_norm.register_forward_hook(scale_both))
+
+
+def _by_scale(model: ScaleBackbone, target: Sides) -> Callable[[bool], LogitFactors]:
+    """Return, for layers that see earlier scales or do not, the factor of every scale.
+
+    A scale is compared with that of the same number in training, so that one factor serves all
+    that is cached.
+    """
+    now, before = (scale_spans(m.scales) for m in (model.at_size(*target), model))
+
+    def factors(prefix: bool) -> LogitFactors:
+        def seen(span: tuple[int, int]) -> int:
+            return span[1] if prefix else span[1] - span[0]
+
+        known = {
+            tuple(span): entropy_factor(seen(span), seen(before[min(k, len(before) - 1)]))
+            for k, span in enumerate(now)
+        }
+        # scales of another size than the target's are left as they are
+        return lambda spans: [known.get(tuple(span), 1.0) for span in spans]
+
+    return factors
+
+
+def _hook_reading(read: Attention, state: ResolutionState, patches: Patches) -> None:
+    """Scale what latents look for among patches; what they write back has as many keys as ever."""
+    current = [1.0]
+
+    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+        current[0] = state.factor(args[1].shape[1], 0)
+
+    patches.hook(read.register_forward_pre_hook(look))
+    where = read.q if read.q_norm is None else read.q_norm
+    patches.hook(where.register_forward_hook(_scaling(current, third=False)))
+
+
+def _video_factor(model: CausalVideo, native: Sides, target: Sides) -> float:
+    """Return one factor for all frames, that of the trained length: a cache may grow beside it."""
+    frames, cell = model.sample_shape[1], math.prod(model.size_step)
+    return entropy_factor(frames * math.prod(target) / cell, frames * math.prod(native) / cell)
 
 
 def _is_attention(module: nn.Module) -> bool:

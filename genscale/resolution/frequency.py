@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from genscale.layers.norm import upcast
+
+
+def by_frames(change: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Change pictures ``(B, C, H, W)``, or each frame of clips ``(B, C, T, H, W)``."""
+    if x.dim() == 4:
+        return change(x)
+    frames = x.transpose(1, 2)
+    changed = change(frames.flatten(0, 1))
+    return changed.unflatten(0, tuple(frames.shape[:2])).transpose(1, 2)
 
 
 def gaussian_kernel(size: int, sigma: float, device: torch.device | None = None) -> Tensor:
@@ -17,7 +28,7 @@ def gaussian_kernel(size: int, sigma: float, device: torch.device | None = None)
 
 
 def gaussian_blur(x: Tensor, size: int, sigma: float, *, blur_channels: bool = False) -> Tensor:
-    """Blur pictures ``(B, C, H, W)``; what lies outside counts as zero.
+    """Blur pictures ``(B, C, H, W)``, or frames of clips; what lies outside counts as zero.
 
     Args:
         x: the pictures.
@@ -25,13 +36,17 @@ def gaussian_blur(x: Tensor, size: int, sigma: float, *, blur_channels: bool = F
         sigma: its standard deviation in cells.
         blur_channels: parity: blur across neighbouring channels too, as FreeScale's program does.
     """
-    y = upcast(x)[:, None]  # (B, 1, C, H, W): one pass of one dimension an axis
-    kernel = gaussian_kernel(size, sigma, x.device).to(y.dtype)
-    for axis in range(0 if blur_channels else 1, 3):
-        shape, padding = [1, 1, 1], [0, 0, 0]
-        shape[axis], padding[axis] = size, size // 2
-        y = F.conv3d(y, kernel.view(1, 1, *shape), padding=tuple(padding))
-    return y[:, 0].to(x.dtype)
+
+    def blur(x: Tensor) -> Tensor:
+        y = upcast(x)[:, None]  # (B, 1, C, H, W): one pass of one dimension an axis
+        kernel = gaussian_kernel(size, sigma, x.device).to(y.dtype)
+        for axis in range(0 if blur_channels else 1, 3):
+            shape, padding = [1, 1, 1], [0, 0, 0]
+            shape[axis], padding[axis] = size, size // 2
+            y = F.conv3d(y, kernel.view(1, 1, *shape), padding=tuple(padding))
+        return y[:, 0].to(x.dtype)
+
+    return by_frames(blur, x)
 
 
 def match_statistics(x: Tensor, like: Tensor, *, per_sample: bool = True) -> Tensor:
@@ -103,10 +118,14 @@ def haar_low_pass(x: Tensor) -> Tensor:
     """Keep the low band of one level of the Haar wavelet: the mean of every 2 x 2 block.
 
     Args:
-        x: ``(B, C, H, W)``; odd sides are lengthened by their last cell and cut again.
+        x: ``(B, C, H, W)``, or clips; odd sides are lengthened by their last cell and cut again.
     """
     height, width = x.shape[-2:]
-    padded = F.pad(upcast(x), (0, width % 2, 0, height % 2), mode="replicate")
-    means = F.avg_pool2d(padded, 2)
-    whole = means.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
-    return whole[..., :height, :width].to(x.dtype)
+
+    def keep(x: Tensor) -> Tensor:
+        padded = F.pad(upcast(x), (0, width % 2, 0, height % 2), mode="replicate")
+        means = F.avg_pool2d(padded, 2)
+        whole = means.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
+        return whole[..., :height, :width].to(x.dtype)
+
+    return by_frames(keep, x)

@@ -60,6 +60,10 @@ class Preset:
         """
         return []
 
+    def called_at(self, model: nn.Module, native: Sides, sides: Sides) -> list[Sides]:
+        """Return the sizes at which a larger run of size ``sides`` calls the network."""
+        return [sides]
+
     def watch(self, model: nn.Module, native: Sides) -> AbstractContextManager[Any] | None:
         """Return what is to be active in the run at the trained size; None: nothing."""
         return None
@@ -206,7 +210,7 @@ class MultiDiffusion(Preset):
     """
 
     name = "multidiffusion"
-    needs = ("continuous", "pictures")
+    needs = ("continuous",)
 
     def __init__(
         self, *, stride: int | None = None, jitter: int = 0, view_batch_size: int | None = None

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genscale import rng
+from genscale.backbones.base import Backbone
 from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
 from genscale.guidance.base import Guidance
@@ -22,6 +23,7 @@ from genscale.objectives.base import Denoiser, on
 from genscale.objectives.schedule import NoiseProcess
 from genscale.resolution.applicability import refusal
 from genscale.resolution.base import ResolutionOp, Sides, apply_resolution
+from genscale.resolution.frequency import by_frames
 from genscale.resolution.presets import Preset, operators_of
 from genscale.resolution.scaled_view import RunLevels, ScaledGuidance, ScaledView, flow_time
 from genscale.samplers.base import Sampler, State
@@ -89,9 +91,12 @@ class Stage:
 
 
 def bicubic(x: Tensor, sides: Sides) -> Tensor:
-    """Enlarge ``(B, C, h, w)`` to ``(B, C, *sides)``, in float32."""
-    y = F.interpolate(upcast(x), size=sides, mode="bicubic", align_corners=False)
-    return y.to(x.dtype)
+    """Enlarge ``(B, C, h, w)``, or every frame of clips, to ``sides``, in float32."""
+
+    def enlarged(x: Tensor) -> Tensor:
+        return F.interpolate(upcast(x), size=sides, mode="bicubic", align_corners=False)
+
+    return by_frames(enlarged, x).to(x.dtype)
 
 
 def cascade_sides(
@@ -232,13 +237,13 @@ def sample_scaled(
     if problem is not None:
         raise ConfigError(problem)
     assert isinstance(solver, GridSampler)
+    sizes = cascade_sides(small, large, size_step(model), doubling=preset.doubling)
+    _check_sizes(model, [side for sides in sizes for side in preset.called_at(model, small, sides)])
     watch = preset.watch(model, small)
     with nullcontext() if watch is None else watch as maps:
         run = runs.go([], small, record=preset.records)
     base, before = run.latents, small
-    for index, sides in enumerate(
-        cascade_sides(small, large, size_step(model), doubling=preset.doubling)
-    ):
+    for index, sides in enumerate(sizes):
         guide = (enlarge or bicubic)(run.latents, sides)
         keys = rng.key(runs.seeds, index + 1, rng.Purpose.RENOISE).to(guide.device)
         stage = Stage(
@@ -350,6 +355,21 @@ def _changed(
     level = levels.levels.select(torch.tensor([step]))
     x = scaled.pre_step(state.x, flow_time(level), step - levels.first)
     return state if x is state.x else solver.forget(state.replace(x=x))
+
+
+def _check_sizes(model: nn.Module, sizes: Sequence[Sides]) -> None:
+    """Refuse sizes on the way that the network cannot read.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for height, width in sizes:
+        problem = model.size_problem(height, width) if isinstance(model, Backbone) else None
+        if problem is not None:
+            raise ConfigError(
+                f"{type(model).__name__} is to be called on {height} x {width} cells on the way to "
+                f"the size asked for, which it cannot read: {problem}"
+            )
 
 
 def sampler_refusal(solver: Sampler, preset: Preset) -> str | None:

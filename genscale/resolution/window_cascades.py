@@ -11,7 +11,7 @@ from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
 from genscale.resolution.applicability import traits
 from genscale.resolution.attention_probe import WordMaps
-from genscale.resolution.base import ResolutionOp, Sides
+from genscale.resolution.base import ResolutionOp, Sides, linear_factor
 from genscale.resolution.cascades import Cascade, Enlarge
 from genscale.resolution.flow_guided import SkipResidual
 from genscale.resolution.frequency import match_statistics
@@ -73,6 +73,15 @@ class DemoFusion(Cascade):
             SkipResidual(stage.guide, stage.noise, exponent=self.exponents[0]),
             self.calls(model, stage),
         ]
+
+    def called_at(self, model: nn.Module, native: Sides, sides: Sides) -> list[Sides]:
+        """Return the size of windows, and that of interleaved samples."""
+        factor = max(round(linear_factor(native, sides)), 1)
+        rows, columns = (
+            -(-side // (factor * unit)) * unit
+            for side, unit in zip(sides, size_step(model), strict=True)
+        )
+        return [native, (rows, columns)]
 
     def calls(self, model: nn.Module, stage: Stage) -> LocalGlobal:
         """Return how the network is called."""
@@ -175,6 +184,7 @@ class LSRNA(DemoFusion):
     """
 
     name = "lsrna"
+    needs = ("continuous", "pictures")
 
     def __init__(
         self,

@@ -93,7 +93,7 @@ def fuse_windows(parts: Tensor, boxes: list[Box], height: int, width: int) -> Te
     Cells that no window covers are zero.
     """
     batch = len(parts) // len(boxes)
-    total = parts.new_zeros(batch, parts.shape[1], height, width)
+    total = parts.new_zeros(batch, *parts.shape[1:-2], height, width)
     count = parts.new_zeros(height, width)
     for part, (top, bottom, left, right) in zip(parts.split(batch), boxes, strict=True):
         total[..., top:bottom, left:right] += part
@@ -114,7 +114,7 @@ def merge_dilated(parts: Tensor, factor: int, height: int, width: int) -> Tensor
     """Undo :func:`split_dilated`; returns ``(B, C, height, width)``."""
     batch = len(parts) // factor**2
     rows, columns = parts.shape[-2] * factor, parts.shape[-1] * factor
-    x = parts.new_empty(batch, parts.shape[1], rows, columns)
+    x = parts.new_empty(batch, *parts.shape[1:-2], rows, columns)
     for index, part in enumerate(parts.split(batch)):
         x[..., index // factor :: factor, index % factor :: factor] = part
     return x[..., rows - height :, columns - width :]
@@ -141,7 +141,8 @@ def mix_dilated(parts: Tensor, order: Tensor, *, inverse: bool = False) -> Tenso
     order = order.to(parts.device)
     grouped = parts.unflatten(0, (len(order), -1))  # (s^2, B, C, h, w)
     further = grouped.shape[2] // order.shape[2]
-    order = order.repeat(1, 1, further, 1, 1).expand(-1, grouped.shape[1], -1, -1, -1)
+    order = order.repeat(1, 1, further, *[1] * (order.dim() - 3))
+    order = order.expand(-1, grouped.shape[1], *order.shape[2:])
     return grouped.gather(0, order.argsort(dim=0) if inverse else order).flatten(0, 1)
 
 
