@@ -26,6 +26,7 @@ from genscale.errors import ConfigError
 from genscale.layers.position_tables import resize_position_table
 from genscale.layers.scales import as_scales, features_at, scale_spans, stretched_scales
 from genscale.objectives.next_scale import NextScale as NextScaleObjective
+from genscale.objectives.scale_view import ScaleView
 from genscale.samplers.next_scale import NextScale
 from genscale.search.setup import work_of
 
@@ -259,6 +260,16 @@ def test_a_view_of_another_size_has_a_tokenizer_of_its_scales() -> None:
     same = NextScaleObjective().view(network, msvq, shape=network.sample_shape)
     assert same.backbone is network
     assert same.tokenizer is msvq
+
+
+def test_a_schedule_may_have_more_scales_than_were_trained() -> None:
+    network, msvq, scales = awake(SCALE_WISE["var"]()), tokenizer(), (1, 2, 3, 4, (5, 6))
+    view = ScaleView(network.at_scales(scales), msvq.at_scales(scales))  # type: ignore[attr-defined]
+    solver, cond = NextScale(num_scales=5), Conditioning(labels=torch.tensor([0]))
+    with torch.no_grad():
+        latent = solver.finish(solver.run(view, cond, torch.tensor([1])))
+    assert latent.shape == (1, 4, 5, 6)
+    assert msvq.scales == network.scales == ((1, 1), (2, 2), (3, 3), (4, 4))
 
 
 def test_costs_follow_the_size() -> None:
