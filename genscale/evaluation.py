@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 
 from genscale import rng
 from genscale.conditioning.labels import LabelLaw
+from genscale.data.base import ImageDataset
 from genscale.data.module import ImageDataModule
+from genscale.errors import DataError
 from genscale.metrics.clip_protocol import ClipProtocol
 from genscale.metrics.protocol import EvalProtocol, MetricValue
 from genscale.metrics.suite import EvaluationSuite
@@ -18,24 +21,59 @@ from genscale.pipeline import Generated, GenerationPipeline
 from genscale.rng import Purpose
 from genscale.samplers.base import Sampler
 
+_LARGEST_REFERENCE = 2 << 30  # bytes of a split's pictures at another size
 
-def fit_reference(suite: EvaluationSuite, datamodule: ImageDataModule) -> None:
+
+def fit_reference(
+    suite: EvaluationSuite, datamodule: ImageDataModule, size: tuple[int, int] | None = None
+) -> None:
     """Give the suite a data set's training and held-out pictures; of latents, those encoded.
 
     Of more than ``suite.max_reference`` pictures of a split, a keyed random subset is taken; the
-    protocol states the count.
+    protocol states the count. Samples of another size than the data's are compared with the data
+    drawn or cropped at that size, where that takes no enlarging; else patches of them are
+    compared with the data as they are, see :meth:`EvaluationSuite.compare_patches`.
+
+    Args:
+        suite: what is to measure.
+        datamodule: the data.
+        size: height and width of the samples; None: the data's.
+
+    Raises:
+        DataError: the samples are smaller than data that cannot be had at their size.
     """
     datamodule = datamodule.pictures()
     train, heldout = datamodule.train, datamodule.heldout
-    rows = _some_rows(len(train), suite.max_reference)
-    others = _some_rows(0 if heldout is None else len(heldout), suite.max_reference)
+    own = (datamodule.resolution, datamodule.resolution)
+    shown, named, digest = own, str(datamodule.resolution), train.fingerprint()
+    if size is not None and size != own and datamodule.num_frames == 0:
+        if all(part.reaches(size) for part in (train, heldout) if part is not None):
+            shown, named = size, f"{size[0]}x{size[1]}"
+            digest = hashlib.sha256(f"{digest} at {named}".encode()).hexdigest()
+        elif size[0] < own[0] or size[1] < own[1]:
+            raise DataError(
+                f"Samples of {size[0]}x{size[1]} pixels were to be compared with '{train.name}', "
+                f"whose pictures have {own[0]}x{own[1]} and cannot be had smaller. Give a size "
+                "of at least that, or reference=<npz of pictures of the samples' size>."
+            )
+        else:
+            suite.compare_patches(own)
+    fitting = suite.max_reference
+    if shown != own:
+        fitting = min(fitting, max(2, _LARGEST_REFERENCE // (train.channels * math.prod(shown))))
+    rows = _some_rows(len(train), fitting)
+    others = _some_rows(0 if heldout is None else len(heldout), fitting)
+
+    def pictures(part: ImageDataset, chosen: torch.Tensor) -> torch.Tensor:
+        return part.images(chosen) if shown == own else part.images_at(chosen, shown)
+
     suite.fit_reference(
-        train.images(rows),
+        pictures(train, rows),
         None if train.labels is None else train.labels[rows],
-        None if heldout is None else heldout.images(others),
+        None if heldout is None else pictures(heldout, others),
         None if heldout is None or heldout.labels is None else heldout.labels[others],
-        fingerprint=train.fingerprint(),
-        name=f"{datamodule.name}-{datamodule.resolution}-train",
+        fingerprint=digest,
+        name=f"{datamodule.name}-{named}-train",
     )
 
 

@@ -118,7 +118,7 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
     data = None
     if suite.reference is None:
         data = datasets_of(cfg.run)
-        fit_reference(suite, data)
+        fit_reference(suite, data, (pipeline.image_shape[-2], pipeline.image_shape[-1]))
     law = label_law(cfg)
     prompts = _prompts(cfg, pipeline, data)
     setup = search_setup(cfg, pipeline)
@@ -138,12 +138,18 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
     kept: list[Generated] = []
     records: list[dict[str, Any]] = []
 
+    seconds = 0.0
+
     def watched() -> Iterator[Generated]:
+        nonlocal seconds
+        started = time.perf_counter()
         for batch, found in searched(pipeline, setup, settings, total=share, show=rank == 0):
+            seconds += time.perf_counter() - started
             if cfg.save_samples or len(kept) * cfg.batch_size < GRID:
                 kept.append(batch)
             records.extend(found)
             yield batch
+            started = time.perf_counter()
 
     nfe = measure(suite, watched())
     nfe = sum(dist.gather_objects(nfe)) / world_size
@@ -177,8 +183,13 @@ def _evaluate_run(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> tu
         "guidance": guidance,
         "step_cache": pipeline.step_cache.label,
         "nfe_per_sample": nfe,
+        "seconds_per_sample": seconds / max(1, share),
         "solver_evaluations": pipeline.sampler.nfe(0, pipeline.sampler.num_steps),
     }
+    if pipeline.device.type == "cuda":
+        record["peak_gigabytes"] = torch.cuda.max_memory_allocated(pipeline.device) / 1e9
+    if suite.patch is not None:
+        record["patch"] = list(suite.patch)
     if pipeline.makes_clips:
         record |= {"num_frames": pipeline.image_shape[1], "frame_rate": shown_rate(pipeline)}
     if pipeline.references is not None:
@@ -227,6 +238,10 @@ def _evaluate_files(cfg: DictConfig, suite: Any, rank: int, world_size: int) -> 
     """Measure an npz of samples against a reference file."""
     pixels, labels = load_npz(Path(cfg.samples).expanduser())
     images = channels_first(pixels)
+    if cfg.size is not None:
+        raise ConfigError(
+            f"size={cfg.size} was given, but samples={cfg.samples} have a size. Leave it out."
+        )
     if cfg.frame_rate is not None:
         check_frame_rate(cfg.frame_rate, clips=is_clips(images))
     suite.to(choose_device(cfg.device))
@@ -272,6 +287,8 @@ def print_values(
         title += f" found by {record['search']}"
     if "nfe_per_sample" in record:
         title += f", {record['nfe_per_sample']:g} network evaluations each"
+    if "seconds_per_sample" in record:
+        title += f", {record['seconds_per_sample']:.3g} s"
     table = Table(title=title)
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -290,5 +307,8 @@ def print_values(
         for name, number in record.get(kind, {}).items():
             role = "searched for" if kind == "search_rewards" else "held out"
             console.print(f"{name}, {role}: {number:.4g}")
+    if "patch" in record:
+        height, width = record["patch"]
+        console.print(f"features are of {height}x{width} patches: the data have no larger pictures")
     for name, reason in skipped.items():
         console.print(f"left out: {name}: {reason}")
