@@ -420,10 +420,11 @@ class GenerationPipeline:
         return images.float(), nfe
 
     def _decode(self, latents: Tensor) -> Tensor:
+        """Decode, and enlarge where that is asked for."""
+        if self.upscaling is None:
+            return self._pictures(latents)
         decode = (self._offloaded or self.autoencoder).decode
-        if self.upscaling is not None:
-            return self.upscaling.decode(self.autoencoder, decode, latents.float())
-        return on_clips(self.autoencoder, decode, latents.float())
+        return self.upscaling.decode(self.autoencoder, decode, latents.float())
 
     def conditions(
         self,
