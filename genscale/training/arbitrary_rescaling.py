@@ -79,6 +79,8 @@ class ArbitraryRescalingTraining(UpscalerTraining):
         seed: of the run.
     """
 
+    reduction = "the network, 8 bits"
+
     def __init__(self, model: IARN, recipe: ArbitraryRescaling, seed: int) -> None:
         super().__init__(model, recipe, seed)
         self.recipe = recipe
