@@ -73,6 +73,17 @@ class References(ABC):
         }
 
     @abstractmethod
+    def at(self, image_shape: tuple[int, ...]) -> References:
+        """Return references for samples of another size.
+
+        Args:
+            image_shape: of a sample of the model that enlarges.
+
+        Raises:
+            ConfigError: there are none for that size.
+        """
+
+    @abstractmethod
     def pictures(self, wanted: Wanted) -> Tensor:
         """Return references ``(B, C, [T,] h, w)`` in about [-1, 1], without noise."""
 
@@ -101,6 +112,9 @@ class Generating(Protocol):
 
     num_classes: int
     text: Any
+
+    def at(self, size: Sequence[int]) -> Generating:
+        """Return it for pictures of another height and width."""
 
     def conditions(
         self,
@@ -144,7 +158,7 @@ class BaseSamples(References):
         super().__init__(low_resolution, level)
         channels, *frames, height, width = image_shape
         factor = low_resolution.factor
-        expected = (channels, *frames, height // factor, width // factor)
+        expected = (channels, *frames, *low_resolution.sides_below((height, width)))
         still = (channels, *expected[-2:])  # one picture for all frames
         if base.image_shape not in (expected, still):
             raise ConfigError(
@@ -159,6 +173,11 @@ class BaseSamples(References):
     def source(self) -> str:
         """Samples of the smaller model."""
         return f"samples of {self.name}"
+
+    def at(self, image_shape: tuple[int, ...]) -> BaseSamples:
+        """Return samples of the smaller model at the size that fits; see :class:`References`."""
+        base = self.base.at(self.low_resolution.sides_below(image_shape[-2:]))
+        return BaseSamples(base, image_shape, self.low_resolution, self.level, name=self.name)
 
     def pictures(self, wanted: Wanted) -> Tensor:
         """Return the samples that the smaller model makes of the same seeds and prompts."""
@@ -189,6 +208,10 @@ class ReducedData(References):
         low_resolution: how the model was trained.
         level: see :class:`References`.
         device: where references go.
+        size: height and width of the enlarged pictures, where they are not the data's own.
+
+    Raises:
+        ConfigError: the data's pictures cannot be had at that size.
     """
 
     def __init__(
@@ -198,14 +221,30 @@ class ReducedData(References):
         level: float | None = None,
         *,
         device: torch.device | None = None,
+        size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(low_resolution, level)
         self.data, self.device = data, device or torch.device("cpu")
+        self.size = size
+        if size is not None and not data.reaches(size):
+            raise ConfigError(
+                f"Pictures of {size[0]} x {size[1]} are to be enlarged from reduced '{data.name}', "
+                f"whose pictures cannot be had at that size. Leave size out, or give base=<run of "
+                "a smaller model>."
+            )
 
     @property
     def source(self) -> str:
         """The data set, reduced."""
         return f"reduced {self.data.name}"
+
+    def at(self, image_shape: tuple[int, ...]) -> ReducedData:
+        """Return reduced pictures of another size; see :class:`References`."""
+        self.low_resolution.sides_below(image_shape[-2:])
+        size = (image_shape[-2], image_shape[-1])
+        return ReducedData(
+            self.data, self.low_resolution, self.level, device=self.device, size=size
+        )
 
     def pictures(self, wanted: Wanted) -> Tensor:
         """Return reduced pictures; the data may lack a class that is wanted, then any other."""
@@ -216,5 +255,6 @@ class ReducedData(References):
                 of_class = (labels == wanted.labels[place]).nonzero()[:, 0]
                 known = of_class if len(of_class) else known
             rows.append(int(known[number % len(known)]))
-        images = from_uint8(self.data.images(rows)).to(self.device)
-        return self.low_resolution.reduced(images)
+        data, size = self.data, self.size
+        images = data.images(rows) if size is None else data.images_at(rows, size)
+        return self.low_resolution.reduced(from_uint8(images).to(self.device))

@@ -152,6 +152,8 @@ class GenerationPipeline:
             shape = shape_at(self.model, self.autoencoder.downsample, asked)
             asked = None if shape == self.model.sample_shape else asked
         self.size: Size | None = asked
+        if self.references is not None:
+            self.references = self.references.at(self.decoded_shape)
 
     def at(self, size: int | Sequence[int] | None) -> GenerationPipeline:
         """Return this pipeline for pictures of another size; networks are shared.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from genscale.backbones.base import Backbone
 from genscale.errors import ConfigError
@@ -20,15 +21,14 @@ def as_size(size: object) -> Size:
     Raises:
         ConfigError: it is neither.
     """
-    sides = (size, size) if isinstance(size, int) else size
-    whole = isinstance(sides, Sequence) and not isinstance(sides, str) and len(sides) == 2
-    if not whole or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):  # type: ignore[attr-defined]
+    sides: Any = (size, size) if isinstance(size, int) else size
+    pair = isinstance(sides, Sequence) and not isinstance(sides, str) and len(sides) == 2
+    if not pair or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
         raise ConfigError(
             f"size must be a side in pixels, or a height and a width, but {size!r} was given. "
             "Give e.g. size=64 or size=[48,64]."
         )
-    height, width = sides  # type: ignore[misc]
-    return height, width
+    return sides[0], sides[1]
 
 
 def shape_at(model: Backbone, downsample: int, size: Size) -> tuple[int, ...]:

@@ -16,14 +16,17 @@ from genscale.autoencoders.msvq import MSVQ
 from genscale.backbones.dit import DiT
 from genscale.backbones.fit import FIT
 from genscale.backbones.var import VAR
-from genscale.cascade import BaseSamples
+from genscale.cascade import BaseSamples, ReducedData, Wanted
 from genscale.conditioning.low_resolution import LowResolution
+from genscale.data.base import TensorImages
+from genscale.data.scenes.dataset import Scenes
 from genscale.errors import ConfigError
 from genscale.evaluation import describe
 from genscale.guidance.autoguidance import Autoguidance, WeakSettings
 from genscale.guidance.base import Unguided
 from genscale.guidance.cfg import ClassifierFree
 from genscale.guidance.scale_wise import ScaleGuidance
+from genscale.io.images import from_uint8
 from genscale.objectives.edm import EDM
 from genscale.objectives.flow import FlowMatching
 from genscale.objectives.next_scale import NextScale as NextScaleObjective
@@ -168,12 +171,25 @@ def test_networks_are_told_of_the_size_and_enlarge_samples_of_it() -> None:
             num_classes=3,
         )  # fmt: skip
 
-    small, large = fit(4).at((4, 8)), fit(8, references=1).at((8, 16))
-    assert large.conditions(2).size is not None
-    assert large.conditions(2).size.tolist() == [[8.0, 16.0]] * 2  # type: ignore[union-attr]
+    large = fit(8, references=1)
     low = LowResolution(factor=2, max_level=0.5, level=0.1)
-    large.references = BaseSamples(small, large.image_shape, low, name="small run")
-    assert large.generate(num_samples=2).shape == (2, 1, 8, 16)
+    large.references = BaseSamples(fit(4), large.image_shape, low, name="small run")
+    wide = large.at((8, 16))
+    assert wide.conditions(2).size.tolist() == [[8.0, 16.0]] * 2  # type: ignore[union-attr]
+    assert isinstance(wide.references, BaseSamples)
+    assert wide.references.base.image_shape == (1, 4, 8)
+    assert wide.generate(num_samples=2).shape == (2, 1, 8, 16)
+    assert large.references.base.image_shape == (1, 4, 4)
+    scenes = Scenes(2, resolution=32)
+    drawn = ReducedData(scenes, low).at((3, 24, 32))
+    wanted = Wanted(torch.arange(2), torch.arange(2))
+    expected = low.reduced(from_uint8(scenes.images_at([0, 1], (24, 32))))
+    assert torch.equal(drawn.pictures(wanted), expected)
+    with pytest.raises(ConfigError, match=r"low_resolution\.factor, which does not divide"):
+        drawn.at((3, 25, 32))
+    digits = TensorImages(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ConfigError, match="cannot be had at that size"):
+        ReducedData(digits, low).at((1, 16, 16))
     with pytest.raises(ConfigError, match=r"size=12 cannot be made by FIT: .* 9 groups"):
         fit(8).at(12)
 

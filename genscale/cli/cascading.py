@@ -59,14 +59,10 @@ def place_references(cfg: DictConfig, pipeline: GenerationPipeline, data: Any) -
             "base=<run of a smaller model>, or base=data to enlarge reduced held-out data."
         )
     if base == "data":
-        if pipeline.size is not None:
-            raise ConfigError(
-                f"size={list(pipeline.size)} was given, but base=data enlarges pictures of the "
-                "trained size alone. Leave size out, or give base=<run of a smaller model>."
-            )
         module = data()
         held_out = module.train if module.heldout is None else module.heldout
-        pipeline.references = ReducedData(held_out, low, level, device=pipeline.device)
+        found = ReducedData(held_out, low, level, device=pipeline.device)
+        pipeline.references = found if pipeline.size is None else found.at(pipeline.decoded_shape)
         return
     weights = str(cfg.get("base_weights") or MAIN)
     smaller = GenerationPipeline.load(base, weights=weights, device=pipeline.device)
@@ -77,7 +73,7 @@ def place_references(cfg: DictConfig, pipeline: GenerationPipeline, data: Any) -
         )
     smaller.set_precision(pipeline.precision)
     if pipeline.size is not None:
-        smaller.set_size([side // low.factor for side in pipeline.size])
+        smaller.set_size(low.sides_below(pipeline.size))
     pipeline.references = BaseSamples(
         smaller, pipeline.decoded_shape, low, level, name=str(smaller.origin or base)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,20 @@ class LowResolution:
                 f"{shape[-2]}x{shape[-1]} pixels. Give a factor of both sides."
             )
         return found
+
+    def sides_below(self, sides: Sequence[int]) -> tuple[int, int]:
+        """Return height and width of the references of pictures of a height and width.
+
+        Raises:
+            ConfigError: the factor does not divide them.
+        """
+        height, width = sides
+        if height % self.factor or width % self.factor:
+            raise ConfigError(
+                f"Pictures of {height} x {width} pixels are to be enlarged {self.factor} times, "
+                "low_resolution.factor, which does not divide them. Give a multiple of it."
+            )
+        return height // self.factor, width // self.factor
 
     def reduced(self, images: Tensor) -> Tensor:
         """Return the means over squares of ``factor`` pixels.
