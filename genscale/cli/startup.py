@@ -133,6 +133,8 @@ def check(cfg: DictConfig) -> Any:
     of_parts: list[str] = []
     paths = ("objective", "sampler", "guidance", "optim", "lr_schedule", "ema", "text_encoder")
     for path in (*paths, "low_resolution"):
+        if path == "sampler" and _awaits_frames(cfg):
+            continue
         of_parts += problem_of(partial(_build_into, built, cfg, path))
     fitting = (built.get(path) for path in ("objective", "guidance", "sampler"))
     misfits = combination_problems(cfg.model, *fitting)
@@ -160,6 +162,12 @@ def check(cfg: DictConfig) -> Any:
 
 def _build_into(parts: dict[str, Any], cfg: DictConfig, path: str) -> None:
     parts[path] = instantiate(cfg[path], path)
+
+
+def _awaits_frames(cfg: DictConfig) -> bool:
+    """Return whether the sampler makes clips of a length that the data have yet to tell."""
+    asks = "trained_frames" in cfg.sampler and cfg.sampler.trained_frames is None
+    return asks and "num_frames" in cfg.data and cfg.data.num_frames is None
 
 
 def _check_labels(cfg: DictConfig, num_classes: int) -> None:

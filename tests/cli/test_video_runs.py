@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from genscale.autoencoders.video_kinds import KINDS
 from genscale.cli.resolvers import latent_frames, register_resolvers
+from genscale.cli.startup import check
 from genscale.errors import ConfigError
 from genscale.runs import RunFolder
 from tests.cli.conftest import TINY_CLIPS
@@ -104,6 +105,17 @@ def test_a_model_of_clips_trains_from_cached_latents(
     import numpy as np
 
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (2, 13, 32, 32, 3)
+
+
+def test_a_sampler_of_the_trained_length_waits_for_data_to_tell_it() -> None:
+    register_resolvers()
+    conf = str(Path(__file__).resolve().parents[2] / "conf")
+    with initialize_config_dir(conf, version_base="1.3"):
+        words = ["model=causal_video", "data=video_latents", "data.root=missing"]
+        cfg = compose("train", overrides=words)
+        with pytest.raises(ConfigError, match="missing") as refusal:
+            check(cfg)  # of the data alone, which are not there
+        assert "trained_frames" not in str(refusal.value)
 
 
 def test_latent_frames_follow_the_autoencoder() -> None:
