@@ -111,7 +111,7 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
 
 def _place_size(cfg: DictConfig, pipeline: GenerationPipeline) -> None:
     """Let the pipeline make pictures of the size asked for, and say where it is a bold one."""
-    size = cfg.get("size")
+    size: Any = cfg.get("size")
     if size is None:
         asked = cfg.get("resolution")
         preset = None if asked is None else instantiate(asked, "resolution")
