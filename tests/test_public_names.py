@@ -38,6 +38,9 @@ THROUGH = {
         "print_values",
         *("settings_problems", "logger_problems", "problem_of"),
         *("is_trainable", "check_trainable", "assemble_trainable", "export_trainable"),
+        *("trains_enlarger", "enlarger_problems", "picture_problems", "trainer_problems"),
+        *("build_enlarger", "prepare_enlarger", "facts_writer", "export_enlarger"),
+        "refuse_settings",
         # sample.py and evaluate.py with a search, and the scaling study
         *("search_setup", "build_setup", "plain_cost", "sample_requests", "check_requests"),
         *("search_records", "write_search", "write_study", "write_search_report"),
@@ -57,6 +60,8 @@ THROUGH = {
     "Engine": ("Ledger",),
     "load_autoencoder": ("save_autoencoder",),
     "reconstructs": ("Reconstructed",),
+    "enlarges": ("Enlarged",),
+    "load_training": ("export_upscaler", "WriteFacts"),
     # results, whose fields are read
     "compare_features": ("FrechetResult",),
     "frechet_infinity": ("FrechetInfinity",),

@@ -122,6 +122,11 @@ def picture_problems(cfg: DictConfig, datamodule: Any, recipe: UpscalerRecipe | 
                     f"{what}={given} does not divide by the scale {scale}{cells}. Give a multiple "
                     f"of {scale * stride}."
                 )
+    if getattr(recipe, "encode_once", False) and datamodule.flip:
+        problems.append(
+            "objective.encode_once=true keeps the latents of pictures as they are, but data.flip="
+            "true mirrors them at every step. Give data.flip=false."
+        )
     return list(dict.fromkeys(problems))
 
 
@@ -178,11 +183,11 @@ def build_enlarger(cfg: DictConfig) -> UpscalerTraining:
 
 def prepare_enlarger(module: Any, datamodule: Any) -> Any:
     """Measure latents and count operations; return what a network makes of pictures."""
-    from genscale.training.upscaler_run import enlarge_first, measure
+    from genscale.training.upscaler_run import enlarge_first, prepare
     from genscale.training.upscaling import count_upscaler_flops
 
     training = module.trainable
-    measure(training, datamodule.train)
+    prepare(training, datamodule)
     shape = training.input_shape(datamodule.resolution)
     module.flops = count_upscaler_flops(module.model, shape)
     module.model.sample_shape = shape  # networks take any; the summary tells that of training

@@ -154,8 +154,10 @@ def curves(run: RunContents) -> Markup:
 
 
 def _reconstructs(run: RunContents) -> bool:
-    """Return whether the run trained an autoencoder: its grids are pictures and reconstructions."""
-    return "Reconstruction" in str(mapping(run.config.get("objective")).get("_target_"))
+    """Return whether the run's grids are pictures, and what was made of them: not of a backbone."""
+    model = str(mapping(run.config.get("model")).get("_target_"))
+    objective = str(mapping(run.config.get("objective")).get("_target_"))
+    return "Reconstruction" in objective or model.startswith("genscale.upscaling.")
 
 
 def progress(run: RunContents) -> Markup:

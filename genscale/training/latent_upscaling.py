@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from genscale import rng as keyed
 from genscale.autoencoders.base import Autoencoder
+from genscale.data.base import ImageDataset
 from genscale.errors import ConfigError, did_you_mean
 from genscale.rng import Purpose, StepRandom
+from genscale.training.kept_latents import KeptLatents
 from genscale.training.reconstruction import psnr
 from genscale.training.trainable import MODEL, GroupLosses, PictureBatch
 from genscale.training.upscaling import UpscalerRecipe, UpscalerTraining, reduced
@@ -85,6 +87,8 @@ class LatentUpscaling(UpscalerRecipe):
         downscaled_by: how much smaller pictures are compared in stage 2: 2 (as in the paper's
             appendix), or ``match_scale`` (as in its text).
         highpass: of EAGLE; see :func:`~genscale.upscaling.losses.eagle_weight`.
+        encode_once: encode all pictures before the first step and keep their latents in memory,
+            rather than encode every batch; for data that are neither cut, turned nor mirrored.
         start: a run, folder or file of a LUA to go on from; None starts anew.
         adapt: start the convolutions that touch latents anew: ``start`` is of another latent space
             of as many channels. With other channels that is done in any case.
@@ -102,6 +106,7 @@ class LatentUpscaling(UpscalerRecipe):
     fourier_norm: FourierNorm = "ortho"
     downscaled_by: int | Literal["match_scale"] = 2
     highpass: HighPass = "paper"
+    encode_once: bool = False
     start: str | None = None
     adapt: bool = False
     frozen_steps: int = 0
@@ -135,6 +140,12 @@ class LatentUpscaling(UpscalerRecipe):
             raise ConfigError(
                 "objective.downscaled_by must be a whole number from 1 on or match_scale, but "
                 f"{self.downscaled_by} was given."
+            )
+        if self.encode_once and (self.patch_size is not None or self.turned):
+            raise ConfigError(
+                "objective.encode_once=true keeps the latents of whole pictures, but patch_size="
+                f"{self.patch_size} and turned={self.turned} change them at every step. Give one "
+                "or the other."
             )
         if self.frozen_steps < 0 or (self.start is None and (self.frozen_steps or self.adapt)):
             raise ConfigError(
@@ -222,6 +233,7 @@ class LatentUpscalingTraining(UpscalerTraining):
         self.recipe = recipe
         self._autoencoder = (autoencoder.eval().requires_grad_(False),)
         self._latent_stats: dict[str, list[float]] | None = None
+        self.kept: KeptLatents | None = None
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -233,11 +245,13 @@ class LatentUpscalingTraining(UpscalerTraining):
         stage = self.recipe.stage_at(batch.step)
         self.model.freeze_trunk(batch.step < self.recipe.frozen_steps)
         images = self.patches(batch, rng)
-        target = self.encode(images)
+        kept = self.kept
+        target = self.encode(images) if kept is None else kept.of(batch, 1)
         total = target.new_zeros(())
         terms = {"stage": total + stage.number}
         for scale in self.scales_of(batch.step, stage):
-            made = self.model(self.encode(reduced(images, scale)), scale).float()
+            small = self.encode(reduced(images, scale)) if kept is None else kept.of(batch, scale)
+            made = self.model(small, scale).float()
             pictures = None
             if any(name in _OF_PIXELS for name in stage.weights):
                 pictures = self.decode(made)
@@ -287,9 +301,21 @@ class LatentUpscalingTraining(UpscalerTraining):
             "autoencoder": self.decode(self.encode(images)).clamp(-1.0, 1.0),
         }
 
+    def keep(self, pictures: ImageDataset, seed: int) -> None:
+        """Encode pictures once where the recipe says so, rather than at every step.
+
+        Args:
+            pictures: of training.
+            seed: of their stream.
+        """
+        if self.recipe.encode_once:
+            self.kept = KeptLatents(
+                pictures, seed=seed, encode=self.encode, reduce=reduced, scales=self.model.scales
+            )
+
     def measure(self, images: Tensor) -> None:
         """Measure mean and deviation of every channel of the inputs of the first scale."""
-        parts = images.split(_MEASURED)
+        parts = torch.split(images, _MEASURED)
         small = torch.cat([self.encode(reduced(p, self.model.scales[0])) for p in parts]).double()
         std = small.std((0, 2, 3)).clamp(min=1e-6)
         self._latent_stats = {"mean": small.mean((0, 2, 3)).tolist(), "std": std.tolist()}

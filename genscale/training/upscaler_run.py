@@ -12,12 +12,13 @@ from torch import Tensor
 
 from genscale import rng
 from genscale.assembly import build
-from genscale.data.base import ImageDataset
+from genscale.data.module import ImageDataModule
 from genscale.io.images import from_uint8
 from genscale.loading import choose_device
 from genscale.rng import Purpose
 from genscale.run_weights import MAIN
 from genscale.runs import RunFolder
+from genscale.training.latent_upscaling import LatentUpscalingTraining
 from genscale.training.upscaling import UpscalerRecipe, UpscalerTraining
 from genscale.upscaling.loading import (
     UpscalerFacts,
@@ -86,10 +87,13 @@ def load_training(
     return build_training({**config, "objective": objective}, network), facts
 
 
-def measure(training: UpscalerTraining, pictures: ImageDataset) -> None:
-    """Measure what the facts tell of the inputs, on a keyed draw of training pictures."""
+def prepare(training: UpscalerTraining, datamodule: ImageDataModule) -> None:
+    """Measure what the facts tell of the inputs, on a keyed draw; encode once what is to be."""
+    pictures = datamodule.train
     order = rng.permutation(rng.key(0, Purpose.SUBSET), len(pictures))
     training.measure(from_uint8(pictures.images(order[:_MEASURED_ON])))
+    if isinstance(training, LatentUpscalingTraining):
+        training.keep(pictures, datamodule.seed)
 
 
 def export_upscaler(run: RunFolder, folder: Path) -> UpscalerFacts:

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from genscale import rng
 from genscale.autoencoders.base import Variational
 from genscale.autoencoders.identity import Identity
+from genscale.data.base import TensorImages
+from genscale.data.stream import GlobalStream
 from genscale.errors import ConfigError
+from genscale.io.images import from_uint8
 from genscale.metrics.reconstruction import picture_psnr
+from genscale.training.kept_latents import KeptLatents
 from genscale.training.latent_upscaling import (
     PUBLISHED_WEIGHTS,
     LatentUpscaling,
@@ -240,6 +244,25 @@ class TestLatents:
         assert torch.equal(training.shrink(training.model, images, 4), reduced(images, 4))
         assert training.input_shape(16) == (1, 4, 4)
         assert count_upscaler_flops(training.model, (1, 4, 4))[""] > 0
+
+    def test_latents_that_are_kept_are_those_of_the_batch(self) -> None:
+        pixels = torch.randint(0, 255, (5, 1, 16, 16), dtype=torch.uint8)
+        pictures = TensorImages(pixels)
+        once, every = self.training(encode_once=True), self.training()
+        once.keep(pictures, seed=4)
+        every.keep(pictures, seed=4)
+        assert isinstance(once.kept, KeptLatents)
+        assert every.kept is None
+        for step in (0, 2):  # the second lies in two epochs
+            rows = GlobalStream(5, 4).rows(step * 4, 4)[2:]  # a process's share
+            position = torch.arange(step * 4 + 2, step * 4 + 4)
+            given = PictureBatch(from_uint8(pixels[rows]), position, step, 4)
+            found = [losses(training, given).by_group[MODEL] for training in (once, every)]
+            torch.testing.assert_close(*found)
+            small = every.encode(reduced(given.images, 2))
+            torch.testing.assert_close(once.kept.of(given, 2), small)
+        with pytest.raises(ConfigError, match="encode_once=true keeps the latents of whole"):
+            LatentUpscaling(encode_once=True, turned=True)
 
     def test_another_space_keeps_the_trunk(self, tmp_path: Any) -> None:
         earlier = lua()
