@@ -101,7 +101,7 @@ def entropies_by_layer(model: nn.Module, call: Callable[[], Any]) -> dict[str, f
 
     with AttentionProbe(model, seen):
         call()
-    return {name: float(torch.stack(values).mean()) for name, values in found.items()}
+    return {name: torch.stack(values).mean().item() for name, values in found.items()}
 
 
 class WordMaps(AttentionProbe):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -16,12 +17,17 @@ from diffusers.models.attention_processor import (
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor, nn
 
+from genscale.backbones.causal_video import CausalVideo
 from genscale.backbones.dit import DiT
+from genscale.backbones.rin import RIN
+from genscale.backbones.scale_wise import attend_by_scale
 from genscale.backbones.uvit import UViT
+from genscale.backbones.var import VAR
 from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
 from genscale.layers.attention import SelfAttention
 from genscale.layers.rope import axial_positions, rotate
+from genscale.layers.scales import scale_spans
 from genscale.resolution import EntropyAttention, apply_resolution
 from genscale.resolution.entropy import ResolutionState, attention_entropy, entropy_factor
 
@@ -261,3 +267,55 @@ def test_unit_tells_sizes_of_inputs_in_pixels() -> None:
     with apply_resolution(model, [op], native=(64, 64), target=(128, 128)):
         assert torch.equal(model(x), plain)
         assert not torch.equal(model(sample(1, 64, 16))[:, :16], plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_scale_is_compared_with_its_number_in_training(prefix: bool) -> None:
+    model = VAR(
+        scales=[1, 2, 4], depth=1, hidden_size=8, num_heads=1, latent_channels=2, vocab_size=4,
+        num_classes=0,
+    )  # fmt: skip
+    layer = model.blocks[0].attention
+    layer.prefix = prefix
+    with apply_resolution(model, [EntropyAttention()], target=(8, 8)):
+        assert layer.logit_factors is not None
+        spans = scale_spans(model.at_size(8, 8).scales)
+        got = layer.logit_factors(spans)
+    sides = [side for side, _ in model.at_size(8, 8).scales]
+    assert sides == [1, 3, 8]
+    counts = [(1, 1), (5, 10), (21, 74)] if prefix else [(1, 1), (4, 9), (16, 64)]
+    assert got == pytest.approx([entropy_factor(now, before) for before, now in counts])
+    assert layer.logit_factors is None
+    q, k, v = (torch.randn(1, 1, 21, 8) for _ in range(3))
+    plain = scale_spans(model.scales)
+    attend = partial(attend_by_scale, spans=plain, prefix=True)
+    torch.testing.assert_close(
+        attend(q, k, v, factors=lambda spans: [2.0] * len(spans)), attend(2 * q, k, v)
+    )
+
+
+@torch.no_grad()
+def test_latents_that_read_patches_and_frames_of_videos_are_kept() -> None:
+    rin = RIN(
+        input_size=8, in_channels=2, patch_size=2, tape_width=16, latent_width=16, num_latents=4,
+        depth=1, compute_depth=1, num_heads=2, head_size=8, qk_norm=True,
+    )  # fmt: skip
+    read, seen = rin.blocks[0].read, []
+    read.q_norm.register_forward_hook(lambda module, args, out: seen.append(out))
+    args = torch.randn(1, 2, 16, 16), torch.zeros(1), Conditioning()
+    rin(*args)
+    with apply_resolution(rin, [EntropyAttention()], target=(16, 16)):
+        read.q_norm.register_forward_hook(lambda module, args, out: seen.append(out))
+        rin(*args)
+    torch.testing.assert_close(seen[-1], seen[0] * entropy_factor(64, 16))
+    video = CausalVideo(
+        input_size=[3, 8, 8], in_channels=2, hidden_size=24, depth=1, num_heads=2, mlp_size=24
+    )
+    layer, x = video.blocks[0].attention, torch.randn(1, 3, 24)
+    plain = layer.q_norm(x)
+    cell = math.prod(video.size_step)
+    with apply_resolution(video, [EntropyAttention()], target=(16, 16)):
+        factor = entropy_factor(3 * 256 / cell, 3 * 64 / cell)
+        torch.testing.assert_close(layer.q_norm(x), plain * factor)
+    assert torch.equal(layer.q_norm(x), plain)
