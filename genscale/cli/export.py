@@ -77,7 +77,7 @@ def _tokenizer(cfg: DictConfig) -> tuple[Any, str] | None:
 
     Raises:
         ConfigError: weights are chosen of a folder that holds one set; or the run is one of a KL
-            autoencoder.
+            autoencoder or of an upscaler.
     """
     from genscale.autoencoders.msvq import load_msvq
     from genscale.autoencoders.msvq_folder import holds_tokenizer
@@ -91,6 +91,12 @@ def _tokenizer(cfg: DictConfig) -> tuple[Any, str] | None:
             raise ConfigError(
                 f"run={cfg.run} trained a KL autoencoder, whose folder in diffusers' layout is "
                 f"{cfg.run}/export already, with scale and shift in its config. Copy that one."
+            )
+        if str((model or {}).get("_target_")).startswith("genscale.upscaling."):
+            raise ConfigError(
+                f"run={cfg.run} trained an upscaler, whose folder is {cfg.run}/export already, "
+                "with what is known of its latents in upscaler.json. Copy that one, or give it as "
+                "upscaling.run=..."
             )
         if not str((model or {}).get("_target_")).endswith(".MSVQ"):
             return None

@@ -84,7 +84,9 @@ def test_stages_follow_each_other_and_a_broken_run_goes_on(
 
 
 class TestRun:
-    def test_its_export_is_its_average_and_knows_its_latents(self, runs: Path) -> None:
+    def test_its_export_is_its_average_and_knows_its_latents(
+        self, runs: Path, command: Any
+    ) -> None:
         network, facts = load_upscaler(runs / "lua")
         exported, told = load_upscaler(runs / "lua" / "export")
         assert facts == told
@@ -96,6 +98,8 @@ class TestRun:
         assert torch.equal(network(u, 2), exported(u, 2))
         raw, _ = load_upscaler(runs / "lua", weights="raw")
         assert not torch.equal(network(u, 2), raw(u, 2))
+        answer = command("export", f"run={runs}/lua")
+        assert f"is {runs}/lua/export already" in answer.err
 
     def test_what_it_makes_is_seen(self, runs: Path) -> None:
         training, facts = load_training(runs / "lua", device="cpu")
