@@ -85,7 +85,7 @@ def builder(general: Upscaler, arguments: argparse.Namespace) -> Any:
 @torch.no_grad()
 def upscaled(network: Upscaler, patches: Tensor, scale: int) -> Tensor:
     """Return patches upscaled by one network, within [0, 1]."""
-    return torch.cat([network(part, scale).clamp(0.0, 1.0) for part in patches.split(64)])
+    return torch.cat([network(part, scale).clamp(0.0, 1.0) for part in torch.split(patches, 64)])
 
 
 def write(out: Path, small: Tensor, weights: dict[str, Tensor], index: dict[str, Any]) -> None:

@@ -136,7 +136,9 @@ def fit_chunks(
         weights by name, each ``(networks, *shape)``.
     """
     count = int(chunk.max()) + 1
-    networks = [build().to(small.device) for _ in range(1 if how.joint else count)]
+    networks = [build() for _ in range(1 if how.joint else count)]
+    for network in networks:
+        torch.nn.Module.to(network, small.device)
     weights, buffers = stack_module_state(networks)
     optimizer = torch.optim.Adam(list(weights.values()), lr=how.lr)
     evaluate = _together(networks[0])
@@ -192,7 +194,7 @@ def _together(network: Upscaler) -> Callable[[Weights, Weights, Tensor], Tensor]
         out: Tensor = functional_call(network, (weights, buffers), (x, scale))
         return out
 
-    return vmap(one)  # type: ignore[no-any-return]
+    return vmap(one)
 
 
 def _rows(chunk: Tensor, count: int, step: int, steps_an_epoch: int, how: Overfit) -> Tensor:
