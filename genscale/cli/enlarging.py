@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from genscale.cli.loading import datasets_of, output_folder
-from genscale.cli.reconstructing import refuse_settings
+from genscale.cli.reconstructing import pair_measures, refuse_settings
 from genscale.errors import ConfigError
 from genscale.runs import RunFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from genscale.metrics.lpips import LPIPS
     from genscale.metrics.protocol import EvalProtocol, MetricValue
     from genscale.training.upscaling import UpscalerTraining
     from genscale.upscaling.loading import UpscalerFacts
@@ -104,7 +105,7 @@ def evaluate(cfg: DictConfig) -> None:
     _refuse(cfg)
     found = _enlarge(cfg, cfg.num_samples)
     if dist.initialise()[0] == 0:
-        values = _closeness(found)
+        values = _closeness(found, pair_measures(cfg))
         folder = output_folder(cfg, "evaluations")
         record = {
             **_record(cfg, found),
@@ -202,12 +203,16 @@ def _batches(
         yield rows
 
 
-def _closeness(found: Enlarged) -> list[MetricValue]:
-    """Return PSNR and SSIM of all that was made, by scale; edges of so many pixels left out."""
+def _closeness(found: Enlarged, perceptual: Sequence[LPIPS]) -> list[MetricValue]:
+    """Return PSNR and SSIM of all that was made, by scale; edges of so many pixels left out.
+
+    Perceptual distances, where there are any, are of whole pictures.
+    """
+    from genscale.metrics.lpips import mean_distance
     from genscale.metrics.protocol import MetricValue
     from genscale.metrics.restoration import Channel, restoration_psnr, restoration_ssim
 
-    values = []
+    values: list[MetricValue] = []
     colour = found.images.shape[1] == 3
     for scale, by_name in found.made.items():
         # pictures that are all border are scored whole
@@ -232,6 +237,10 @@ def _closeness(found: Enlarged) -> list[MetricValue]:
                         protocol,
                     )
                 )
+            whole = _protocol(found, scale, name, "rgb", 0)
+            for each in perceptual:
+                value = mean_distance(each, found.images, made, whole)
+                values.append(replace(value, name=f"{value.name}{end}"))
     return values
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from genscale.cli.app import instantiate
 from genscale.cli.loading import datasets_of, output_folder
 from genscale.errors import ConfigError
 from genscale.runs import RunFolder
@@ -18,6 +19,7 @@ from genscale.runs import RunFolder
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from genscale.metrics.lpips import LPIPS
     from genscale.metrics.protocol import MetricValue
 
 _SHOWN = 64  # pictures and reconstructions in an evaluation's grid
@@ -105,7 +107,7 @@ def evaluate(cfg: DictConfig) -> None:
     refuse_settings(cfg, "trained an autoencoder, which reconstructs held-out pictures")
     found = _reconstruct(cfg, cfg.num_samples)
     if dist.initialise()[0] == 0:
-        values = [*_closeness(found), *_usage(found)]
+        values = [*_closeness(found), *_perceived(cfg, found), *_usage(found)]
         folder = output_folder(cfg, "evaluations")
         record = {
             "run": str(cfg.run),
@@ -250,6 +252,31 @@ def _closeness(found: Reconstructed) -> list[MetricValue]:
         MetricValue(
             "ssim", float(ssim.mean()), protocol.digest, {"std": float(ssim.std())}, protocol
         ),
+    ]
+
+
+def pair_measures(cfg: DictConfig) -> list[LPIPS]:
+    """Return the distances of pictures from their originals that ``metrics`` has, ready to run.
+
+    Raises:
+        ConfigError: weights are missing.
+    """
+    nodes = OmegaConf.select(cfg, "metrics.pairs") or []
+    measures = [instantiate(node, f"metrics.pairs.{i}") for i, node in enumerate(nodes)]
+    if problems := [sentence for measure in measures for sentence in measure.check()]:
+        raise ConfigError("\n".join(problems))
+    return measures
+
+
+def _perceived(cfg: DictConfig, found: Reconstructed) -> list[MetricValue]:
+    """Return the distances that ``metrics`` has of pictures from their originals."""
+    from genscale.metrics.lpips import mean_distance
+
+    protocol = _protocol(found, average="mean over pictures")
+    device = next(found.network.parameters()).device
+    return [
+        mean_distance(measure.to(device), found.images, found.made, protocol)
+        for measure in pair_measures(cfg)
     ]
 
 

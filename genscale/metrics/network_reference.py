@@ -171,3 +171,16 @@ def facts_of(found: ReferenceFile) -> dict[str, Any]:
         "reference_crop": found.origin.crop if found.origin else "",
         "reference_count": pictures if counted is None else counted.count,
     }
+
+
+def reference_problems(path: str | None, most: int) -> list[str]:
+    """Return a sentence for a reference file that is not there, and for too few pictures."""
+    problems = []
+    if most < 2:
+        problems.append(
+            f"metrics.max_reference must be at least 2, but is {most}. "
+            "Give e.g. metrics.max_reference=10000."
+        )
+    if path is not None and not Path(path).expanduser().is_file():
+        problems.append(f"No reference at {path}. Give an existing npz, pkl or safetensors file.")
+    return problems

@@ -9,7 +9,8 @@ from torch import Tensor
 from genscale.errors import DataError
 from genscale.metrics.features import check_images
 
-_WINDOW, _SIGMA = 11, 1.5
+WINDOW, _SIGMA = 11, 1.5
+_SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli and Bovik 2003
 _K1, _K2 = 0.01, 0.03
 
 
@@ -51,11 +52,11 @@ def structural_similarity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return SSIM, and its part without the comparison of means; see :func:`picture_ssim`.
 
     Args:
-        x: float64 ``(n, C, H, W)`` in grey levels 0..255.
+        x: floating point ``(n, C, H, W)`` in grey levels 0..255.
         y: the same shape.
     """
-    size = min(_WINDOW, *x.shape[2:])
-    place = torch.arange(size, dtype=torch.float64, device=x.device) - (size - 1) / 2
+    size = min(WINDOW, *x.shape[2:])
+    place = torch.arange(size, dtype=x.dtype, device=x.device) - (size - 1) / 2
     window = torch.exp(-place.square() / (2 * _SIGMA**2))
     window = window / window.sum()
     mean_x, mean_y = _blur(x, window), _blur(y, window)
@@ -68,6 +69,43 @@ def structural_similarity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return (means * structure).flatten(1).mean(1), structure.flatten(1).mean(1)
 
 
+def multiscale_similarity(
+    x: Tensor, y: Tensor, *, num_scales: int = len(_SCALE_WEIGHTS), least: float = 0.0
+) -> Tensor:
+    """Return every picture's structural similarity over several scales: ``(n,)``.
+
+    Wang, Simoncelli and Bovik, Asilomar 2003: the product of powers of the structure term at every
+    scale, and of the full term at the last; pictures are halved by averaging 2x2 squares. The
+    exponents of fewer than five scales are the first ones, brought to the sum of 1.
+
+    Args:
+        x: floating point ``(n, C, H, W)`` in grey levels 0..255.
+        y: the same shape.
+        num_scales: 1 to 5.
+        least: what a term below it counts as; above 0 where gradients are taken, which no power
+            below 1 has at 0.
+    """
+    weights = torch.tensor(_SCALE_WEIGHTS[:num_scales], dtype=torch.float64)
+    if num_scales < len(_SCALE_WEIGHTS):
+        weights = weights / weights.sum()
+    result = x.new_ones(len(x))
+    for number, weight in enumerate(weights.tolist(), start=1):
+        full, structure = structural_similarity(x, y)
+        term = full if number == num_scales else structure
+        result = result * term.clamp(min=least) ** weight
+        if number < num_scales:
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return result
+
+
+def fitting_scales(height: int, width: int) -> int:
+    """Return at how many scales, 1 to 5, the window of 11 pixels fits into a picture."""
+    fitting = 1
+    while fitting < len(_SCALE_WEIGHTS) and min(height, width) >= WINDOW * 2**fitting:
+        fitting += 1
+    return fitting
+
+
 def _blur(x: Tensor, window: Tensor) -> Tensor:
     channels = x.shape[1]
     rows = window.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
@@ -75,10 +113,15 @@ def _blur(x: Tensor, window: Tensor) -> Tensor:
     return F.conv2d(F.conv2d(x, rows, groups=channels), columns, groups=channels)
 
 
-def _pair(images: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
+def check_pair(images: Tensor, made: Tensor) -> None:
+    """Raise a ``DataError`` unless both are 8-bit pictures of one shape."""
     if check_images(images).shape != check_images(made).shape:
         raise DataError(
             f"Pictures of shape {tuple(images.shape)} were given reconstructions of shape "
             f"{tuple(made.shape)}. Give one for each, of the same size."
         )
+
+
+def _pair(images: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
+    check_pair(images, made)
     return images.double(), made.double()

@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from genscale.errors import ConfigError, DataError, did_you_mean
 from genscale.layers.ycbcr import rgb_to_ycbcr
 from genscale.metrics.features import check_images
-from genscale.metrics.reconstruction import structural_similarity
+from genscale.metrics.reconstruction import (
+    WINDOW,
+    multiscale_similarity,
+    structural_similarity,
+)
 
 Channel = Literal["y", "rgb"]
 
-# Wang, Simoncelli and Bovik, Asilomar 2003
-_SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-_WINDOW = 11
+_NUM_SCALES = 5
 
 
 def restoration_psnr(
@@ -58,27 +59,20 @@ def restoration_ms_ssim(
 ) -> Tensor:
     """Return every picture's structural similarity over five scales: float64 ``(n,)``.
 
-    Wang, Simoncelli and Bovik, Asilomar 2003: the product of powers of the structure term at every
-    scale, and of the full term at the last; pictures are halved by averaging 2x2 squares. A
-    structure term below 0 counts as 0. The arguments are :func:`restoration_psnr`'s.
+    The law is that of :func:`genscale.metrics.reconstruction.multiscale_similarity`; a term below
+    0 counts as 0. The arguments are :func:`restoration_psnr`'s.
 
     Raises:
         DataError: pictures below 176 pixels, which the window does not fit into at the last scale.
     """
     x, y = _prepare(images, made, channel, border)
-    least = _WINDOW * 2 ** (len(_SCALE_WEIGHTS) - 1)
+    least = WINDOW * 2 ** (_NUM_SCALES - 1)
     if min(x.shape[2:]) < least:
         raise DataError(
             f"MS-SSIM needs pictures of {least}x{least} or more behind the border, but got "
             f"{x.shape[2]}x{x.shape[3]}; use SSIM."
         )
-    result = x.new_ones(len(x))
-    for number, weight in enumerate(_SCALE_WEIGHTS, start=1):
-        full, structure = structural_similarity(x, y)
-        term = full if number == len(_SCALE_WEIGHTS) else structure
-        result = result * term.clamp(min=0.0) ** weight
-        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-    return result
+    return multiscale_similarity(x, y, num_scales=_NUM_SCALES)
 
 
 def _prepare(images: Tensor, made: Tensor, channel: str, border: int) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,13 @@ from genscale.metrics.holders import (
     tell_frame_rate,
     warn_left_out,
 )
+from genscale.metrics.lpips import LPIPS
 from genscale.metrics.names import OF_LABELS, plan_metrics
 from genscale.metrics.network_reference import (
     facts_of,
     reference_from_file,
     reference_from_images,
+    reference_problems,
 )
 from genscale.metrics.picture_measures import PictureMeasure
 from genscale.metrics.protocol import EvalProtocol, MetricValue
@@ -57,6 +59,8 @@ class EvaluationSuite:
         features: feature networks.
         clip_measures: measures of single clips, which ``metrics`` names.
         picture_measures: the same of single pictures.
+        pairs: distances of a picture from its own original; runs that reconstruct or enlarge
+            pictures take them, and generated samples have no such number.
         reference: a reference file (see :mod:`genscale.metrics.reference`), read before the first
             samples unless :meth:`fit_reference` was called.
         num_samples: the number of samples the protocol demands; None takes any.
@@ -94,6 +98,7 @@ class EvaluationSuite:
         *,
         clip_measures: Sequence[ClipMeasure] = (),
         picture_measures: Sequence[PictureMeasure] = (),
+        pairs: Sequence[LPIPS] = (),
         reference: str | None = None,
         num_samples: int | None = None,
         num_neighbours: int = 3,
@@ -110,6 +115,7 @@ class EvaluationSuite:
         seed: int = 0,
     ) -> None:
         self.metrics = tuple(metrics)
+        self.pairs = tuple(pairs)
         self.reference = reference
         self.num_samples = num_samples
         self.allow_mismatch = tuple(allow_mismatch)
@@ -186,20 +192,9 @@ class EvaluationSuite:
         problems = [sentence for network in self.networks for sentence in network.check()]
         problems += [each for measure in self.single_measures for each in measure.check()]
         problems = list(dict.fromkeys(problems))
-        if self.max_reference < 2:
-            problems.append(
-                f"metrics.max_reference must be at least 2, but is {self.max_reference}. "
-                "Give e.g. metrics.max_reference=10000."
-            )
         if None not in (num_samples, self.num_samples) and num_samples != self.num_samples:
             problems.append(self._wrong_count(int(num_samples or 0)))
-        if self.reference is not None and not Path(self.reference).expanduser().is_file():
-            problems.append(
-                f"No reference at {self.reference}. Give an existing npz, pkl or safetensors file."
-            )
-        return problems
-
-    # reference ------------------------------------------------------------------------------
+        return problems + reference_problems(self.reference, self.max_reference)
 
     def compare_patches(self, patch: tuple[int, int]) -> None:
         """Compare samples with smaller real pictures from now on: patches of the reference's size.
@@ -372,8 +367,6 @@ class EvaluationSuite:
         for network, holder in self._holders.items():
             holder.active = tuple(self._measures_of(network))
 
-    # samples --------------------------------------------------------------------------------
-
     def update(
         self,
         images: Tensor,
@@ -441,6 +434,7 @@ class EvaluationSuite:
         self._check_count()
         results = []
         self.skipped = dict(self._reasons)
+        self.skipped |= {each.name: "generated samples have no originals" for each in self.pairs}
         for planned in self._plan:
             if planned.name in self.skipped:
                 continue
@@ -485,7 +479,7 @@ class EvaluationSuite:
         """Forget the samples; reference and networks stay."""
         for holder in self._holders.values():
             holder.reset()
-        self.seconds = {name: self.seconds[name] for name in self.seconds if name == "reference"}
+        self.seconds = {name: t for name, t in self.seconds.items() if name == "reference"}
 
     def merge(self, other: EvaluationSuite) -> None:
         """Take the samples of a suite with the same metrics in; the other stays as it was.

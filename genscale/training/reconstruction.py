@@ -16,6 +16,8 @@ from genscale.autoencoders.discriminator import (
 )
 from genscale.errors import ConfigError, did_you_mean
 from genscale.metrics.features import FeatureNetwork
+from genscale.metrics.lpips import map_distances
+from genscale.metrics.reconstruction import fitting_scales, multiscale_similarity
 from genscale.training.trainable import MODEL, GroupLosses, TrainableRecipe, all_reduce
 
 Pixel = Literal["l1", "l2", "both"]
@@ -30,6 +32,7 @@ class ReconstructionRecipe(TrainableRecipe):
         pixel: mean absolute error (``l1``), mean squared error (``l2``), or their sum.
         perceptual: a feature network that gives maps with gradients, or None.
         perceptual_weight: of the distance of its maps.
+        structural_weight: of 1 - MS-SSIM, at as many scales as the pictures have room for.
         adversarial_weight: of the discriminator's judgement; 0 builds no discriminator.
         adversarial_start: optimizer steps before the discriminator learns and judges.
         adversarial_adaptive: bring both gradients at the decoder's last layer to one length first
@@ -44,6 +47,7 @@ class ReconstructionRecipe(TrainableRecipe):
     pixel: Pixel = "l2"
     perceptual: FeatureNetwork | None = None
     perceptual_weight: float = 1.0
+    structural_weight: float = 0.0
     adversarial_weight: float = 0.0
     adversarial_start: int = 0
     adversarial_adaptive: bool = False
@@ -56,7 +60,8 @@ class ReconstructionRecipe(TrainableRecipe):
                 f"objective.pixel must be one of {', '.join(get_args(Pixel))}, but '{self.pixel}' "
                 f"was given.{did_you_mean(str(self.pixel), get_args(Pixel))}"
             )
-        for name in ("perceptual_weight", "adversarial_weight", "adversarial_start"):
+        weights = ("perceptual_weight", "structural_weight", "adversarial_weight")
+        for name in (*weights, "adversarial_start"):
             if getattr(self, name) < 0:
                 raise ConfigError(
                     f"objective.{name} must be 0 or more, but {getattr(self, name)} was given."
@@ -133,6 +138,10 @@ class ReconstructionLoss(nn.Module):
             distance = map_distance(network.to(images.device), images, reconstructed)
             loss = loss + self.recipe.perceptual_weight * distance
             terms["loss_perceptual"] = distance.detach()
+        if self.recipe.structural_weight > 0:
+            unlike = structural_loss(reconstructed, images)
+            loss = loss + self.recipe.structural_weight * unlike
+            terms["loss_structural"] = unlike.detach()
         by_group = {MODEL: loss}
         if self.discriminator is not None and step >= self.recipe.adversarial_start:
             fooled = generator_hinge(self.discriminator(reconstructed))
@@ -169,11 +178,20 @@ def map_distance(network: FeatureNetwork, images: Tensor, reconstructed: Tensor)
     with torch.no_grad():
         real = network.maps((images + 1) / 2)
     made = network.maps((reconstructed + 1) / 2)
-    distances = [
-        (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean()
-        for a, b in zip(real, made, strict=True)
-    ]
-    return torch.stack(distances).mean()
+    return map_distances(real, made).mean()
+
+
+def structural_loss(reconstructed: Tensor, images: Tensor) -> Tensor:
+    """Return the mean of 1 - MS-SSIM (SSIM where pictures are below 22 pixels), in float32.
+
+    Args:
+        reconstructed: ``(B, C, H, W)`` in [-1, 1], with gradient.
+        images: the same shape.
+    """
+    num_scales = fitting_scales(images.shape[2], images.shape[3])
+    with torch.autocast(images.device.type, enabled=False):
+        x, y = ((z.float() + 1.0) * 127.5 for z in (reconstructed, images))
+        return 1.0 - multiscale_similarity(x, y, num_scales=num_scales, least=1e-6).mean()
 
 
 def _balance(loss: Tensor, fooled: Tensor, last_layer: nn.Parameter) -> Tensor:
