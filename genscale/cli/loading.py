@@ -111,7 +111,7 @@ def load_pipeline(cfg: DictConfig) -> tuple[GenerationPipeline, dict[str, Any], 
 
 def _place_size(cfg: DictConfig, pipeline: GenerationPipeline) -> None:
     """Let the pipeline make pictures of the size asked for, and say where it is a bold one."""
-    size: Any = cfg.get("size")
+    size = cfg.get("size")
     if size is None:
         asked = cfg.get("resolution")
         preset = None if asked is None else instantiate(asked, "resolution")
@@ -122,11 +122,12 @@ def _place_size(cfg: DictConfig, pipeline: GenerationPipeline) -> None:
             )
         return
     trained = pipeline.image_shape[-2:]
-    pipeline.set_size(OmegaConf.to_container(size) if OmegaConf.is_config(size) else size)
+    asked: Any = OmegaConf.to_container(size) if OmegaConf.is_config(size) else size
+    pipeline.set_size(asked)
     if pipeline.size is None:
         return
     if cfg.get("resolution") is not None:
-        place_resolution(cfg, pipeline)
+        _place_resolution(cfg, pipeline)
     if not isinstance(pipeline.resolution, NoScaling):
         return
     hint = size_hint((trained[0], trained[1]), pipeline.size)
@@ -134,7 +135,7 @@ def _place_size(cfg: DictConfig, pipeline: GenerationPipeline) -> None:
         sys.stderr.write(f"{hint}\n")
 
 
-def place_resolution(cfg: DictConfig, pipeline: GenerationPipeline) -> None:
+def _place_resolution(cfg: DictConfig, pipeline: GenerationPipeline) -> None:
     """Give the pipeline its preset of resolution, and see that it fits network and sampler.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from torch import nn
 
@@ -31,7 +31,7 @@ class Cascade(Preset):
     """
 
     cascade = True
-    needs = ("continuous",)
+    needs: ClassVar[tuple[str, ...]] = ("continuous",)
 
     def __init__(self, enlarge: Enlarge) -> None:
         if enlarge not in get_args(Enlarge):

@@ -39,7 +39,8 @@ class StructurePrior(ResolutionOp):
         if i >= self.steps:
             return x0
         share = 1.0 - i / self.steps
-        mask = butterworth(*x0.shape[-2:], self.ratio * share, centred=True, device=x0.device)
+        height, width = x0.shape[-2:]
+        mask = butterworth(height, width, self.ratio * share, centred=True, device=x0.device)
         return align(x0, self.guide, self.weight * share, lambda picture: low_pass(picture, mask))
 
 
