@@ -122,8 +122,8 @@ def _place_size(cfg: DictConfig, pipeline: GenerationPipeline) -> None:
             )
         return
     trained = pipeline.image_shape[-2:]
-    asked: Any = OmegaConf.to_container(size) if OmegaConf.is_config(size) else size
-    pipeline.set_size(asked)
+    sides: Any = OmegaConf.to_container(size) if OmegaConf.is_config(size) else size
+    pipeline.set_size(sides)
     if pipeline.size is None:
         return
     if cfg.get("resolution") is not None:
