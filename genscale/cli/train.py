@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from genscale import dist
 from genscale.cli.app import instantiate
 from genscale.cli.autoencoding import settle_autoencoder
+from genscale.cli.bucketing import check_shapes
 from genscale.cli.fitting import build_trainer, shown, summarise, train_log, usual_callbacks
 from genscale.cli.placing import locate
 from genscale.cli.sample import label_law
@@ -87,6 +88,7 @@ def _assemble(cfg: DictConfig, datamodule: Any, folder: RunFolder) -> tuple[Any,
         compile_blocks=cfg.compile,
         checkpoint_blocks=cfg.checkpoint_blocks,
     )
+    check_shapes(datamodule, module.model, module.autoencoder)
     log = train_log(cfg, folder, module.flops[""])
     callbacks = _callbacks(cfg, datamodule, folder, module, log)
     trainer = build_trainer(cfg, folder, callbacks)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from genscale.cli.app import instantiate
+from genscale.cli.bucketing import no_buckets
 from genscale.cli.enlargers import (
     build_enlarger,
     enlarger_problems,
@@ -65,6 +66,9 @@ def check_trainable(cfg: DictConfig) -> Any:
         problems += picture_problems(cfg, built["data"], built.get("objective"))
     elif "data" in built:
         problems += _data_problems(built["data"], built.get("objective"))
+    if "data" in built:
+        name = str(OmegaConf.select(cfg, "model._target_")).rpartition(".")[2]
+        problems += no_buckets(built["data"], name)
     problems += logger_problems(cfg)
     if problems:
         raise ConfigError("\n".join(problems))
