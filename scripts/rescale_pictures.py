@@ -35,6 +35,7 @@ from genscale.io.images import load_npz, save_png
 from genscale.metrics.restoration import restoration_psnr, restoration_ssim
 from genscale.upscaling.base import Upscaler
 from genscale.upscaling.collaborative import collaborative_downscale
+from genscale.upscaling.iarn import resized
 from genscale.upscaling.interpolation import Interpolation
 from genscale.upscaling.loading import load_upscaler
 from genscale.upscaling.rescaler import Rescaler, fitting_size, rescaler_of
@@ -110,10 +111,17 @@ def rescale(
     picture = picture[:, :height, :width]
     x = picture[None].to(arguments.device).float() / 255.0
     pair = rescaler_of(network, scale, (height, width))
-    pairs = {"plain": pair}
     if scale[0] == scale[1] and scale[0].is_integer():
-        bicubic = Interpolation(space="pixel", channels=3, scales=[int(scale[0])])
-        pairs = {"bicubic": rescaler_of(bicubic, scale, (height, width)), **pairs}
+        plain: Upscaler = Interpolation(space="pixel", channels=3, scales=[int(scale[0])])
+        bicubic = rescaler_of(plain, scale, (height, width))
+    else:
+        small_size = (round(height / scale[0]), round(width / scale[1]))
+        bicubic = Rescaler(
+            lambda large: resized(large, small_size),
+            lambda small: resized(small, (height, width)),
+            own=False,
+        )
+    pairs = {"bicubic": bicubic, "plain": pair}
     scores = []
     for way, each in pairs.items():
         begin = time.perf_counter()
