@@ -10,6 +10,7 @@ from torch import Tensor
 
 from genscale.resolution.frequency import (
     butterworth,
+    by_frames,
     gaussian_blur,
     gaussian_kernel,
     haar_low_pass,
@@ -70,3 +71,11 @@ def test_the_low_band_of_haar_is_the_mean_of_blocks() -> None:
     y = haar_low_pass(x)
     assert y.flatten().tolist() == [4, 4, 2, 4, 4, 2]
     torch.testing.assert_close(haar_low_pass(y), y)  # a projection
+
+
+def test_clips_are_changed_frame_by_frame() -> None:
+    clips = torch.randn(2, 3, 4, 6, 5, generator=torch.Generator().manual_seed(0))
+    for change in (haar_low_pass, lambda x: gaussian_blur(x, 3, 1.0)):
+        got = by_frames(change, clips)
+        assert torch.equal(got, change(clips))
+        torch.testing.assert_close(got[:, :, 1], change(clips[:, :, 1]))

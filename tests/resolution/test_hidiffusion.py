@@ -13,6 +13,7 @@ from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
 from genscale.layers.attention import SelfAttention
 from genscale.resolution import WindowedAttention, apply_resolution
+from genscale.resolution.base import extra_tokens
 from genscale.resolution.hidiffusion import HiDiffusion, SmallerUNet, attend_in_quarters
 
 
@@ -42,6 +43,7 @@ def test_every_second_layer_is_windowed_and_comes_back() -> None:
     model = UViT(input_size=8, in_channels=2, num_classes=3, hidden_size=16, depth=3, num_heads=2)
     model.eval()
     args = noise(1, 2, 16, 16), torch.zeros(1), Conditioning(labels=torch.tensor([1]))
+    assert extra_tokens(model) == 2  # class and time
     plain = model(*args).sample
     op = WindowedAttention(seed=3)
     with apply_resolution(model, [op], target=(16, 16)):
