@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genscale.data.base import TensorImages
+from genscale.data.base import TensorImages, check_size
 from genscale.data.buckets import BucketedStream, check_buckets, nearest_buckets
 from genscale.data.image_folder import ImageFolder
 from genscale.data.module import ImageDataModule
@@ -152,5 +152,8 @@ def test_what_cannot_be_is_refused(folder: Path) -> None:
         check_buckets([(24,)], Scenes(1))
     with pytest.raises(ConfigError, match="empty"):
         check_buckets([], Scenes(1))
+    check_size((8, 16), 8, 16, "toys")
+    with pytest.raises(ConfigError, match=r"a size of 8x17 .* of toys\. Choose 8 to 16 pixels"):
+        check_size((8, 17), 8, 16, "toys")
     with pytest.raises(ConfigError, match="a size of 32x4 is outside the range"):
         module(folder, buckets=[(32, 4)])

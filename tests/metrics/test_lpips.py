@@ -7,18 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from genscale.cli.reconstructing import pair_measures
 from genscale.errors import CheckpointError, ConfigError, DataError
 from genscale.metrics.features import FeatureNetwork
-from genscale.metrics.lpips import LPIPS, map_distances
+from genscale.metrics.lpips import LPIPS, map_distances, mean_distance
 from genscale.metrics.pixels import Pixels
+from genscale.metrics.protocol import EvalProtocol
 from genscale.metrics.reconstruction import (
+    check_pair,
     fitting_scales,
     multiscale_similarity,
     picture_ssim,
     structural_similarity,
 )
+from genscale.metrics.suite import EvaluationSuite
 from genscale.training.kl import KLReconstruction
 from genscale.training.reconstruction import ReconstructionLoss, map_distance, structural_loss
 
@@ -89,6 +94,8 @@ def test_heads_of_another_network_are_refused(tmp_path: Path) -> None:
         LPIPS(Pixels())
     with pytest.raises(DataError, match="Give one for each"):
         LPIPS(Two())(images, made[:2])
+    with pytest.raises(DataError, match="Metrics read uint8 images"):
+        check_pair(images, made.float())
     assert LPIPS(Two(), heads=str(tmp_path / "none")).check() == [
         f"No heads of LPIPS at {tmp_path / 'none'}. Give an existing file, or leave heads out."
     ]
@@ -141,3 +148,28 @@ def test_reconstructions_may_be_judged_by_it() -> None:
     torch.testing.assert_close(extra, 0.5 * structural_loss(0.5 * images, images))
     assert "loss_structural" not in found[0.0].terms
     assert float(found[0.5].terms["loss_structural"]) > 0
+
+
+def test_the_metrics_of_a_run_that_reconstructs_may_name_distances() -> None:
+    """What is not there is said at once; protocols tell the network, and generated samples none."""
+    node = {"_target_": "genscale.metrics.lpips.LPIPS", "network": {"_target_": f"{__name__}.Two"}}
+    cfg = OmegaConf.create({"metrics": {"pairs": [node]}})
+    (measure,) = pair_measures(cfg)
+    images, made = pair()
+    value = mean_distance(measure, images, made, EvalProtocol(sampler="reconstruction"))
+    assert value.name == "lpips_two"
+    assert value.value == pytest.approx(float(measure(images, made).mean()))
+    assert value.protocol is not None
+    assert (value.protocol.features, value.protocol.sampler) == (
+        measure.description,
+        "reconstruction",
+    )
+    assert pair_measures(OmegaConf.create({"metrics": {"metrics": None}})) == []
+    cfg.metrics.pairs[0].heads = "/nowhere"
+    with pytest.raises(ConfigError, match="No heads of LPIPS at /nowhere"):
+        pair_measures(cfg)
+    suite = EvaluationSuite(["fd_pixels"], [Pixels(1)], pairs=[measure])
+    suite.fit_reference(images, None, None, None, "digest")
+    suite.update(made)
+    with pytest.warns(UserWarning, match="lpips_two, as generated samples have no originals"):
+        assert [each.name for each in suite.compute()] == ["fd_pixels"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from genscale.data.scenes.dataset import Scenes
 from genscale.errors import ConfigError, DataError
+from genscale.metrics.holders import warn_left_out
 from genscale.metrics.patches import PatchFeatures
 from genscale.metrics.picture_lite import PictureLite
 from genscale.metrics.picture_measures import PictureMeasure, PictureMetrics
@@ -166,3 +168,12 @@ def test_measures_of_clips_and_of_pictures_are_one_kind() -> None:
     assert issubclass(PictureMeasure, SampleMeasure)
     assert (ClipMetrics.kind, PictureMetrics.kind) == ("clip", "picture")
     assert issubclass(ClipMetrics, SampleMetrics)
+
+
+def test_what_is_left_out_is_said_once() -> None:
+    warned: set[str] = set()
+    with pytest.warns(UserWarning, match=r"Left out of the evaluation: a, b, as it is dark\."):
+        warn_left_out({"a": "it is dark", "b": "it is dark"}, warned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_left_out({"a": "it is dark", "b": "it is dark"}, warned)
