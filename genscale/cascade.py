@@ -33,7 +33,7 @@ class Wanted:
     ids: Tensor
     seeds: Tensor
     labels: Tensor | None = None
-    captions: Sequence[str] | None = None
+    captions: tuple[str, ...] | None = None
     negative_prompt: str | None = None
     frame_rate: float | None = None
 

@@ -26,7 +26,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from genscale.backbones.dimr import DiMR, FeatureUpsampler
+from genscale.backbones.dimr import DiMR
+from genscale.backbones.dimr_blocks import FeatureUpsampler
 from genscale.conditioning.base import Conditioning
 
 NUM_FEATURES, COARSE_SIZE, HIDDEN_SIZE, GRID = 40, 960, 480, 16

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from genscale import GenerationPipeline, rng
+from genscale.decoding import Decoding
 from genscale.errors import ConfigError
 from genscale.evaluation import describe
 from genscale.resolution import preset_named
@@ -57,7 +58,7 @@ def test_a_preset_counts_where_there_is_a_size(pipeline: GenerationPipeline) -> 
     # the latents of this run are pictures, which are bounded on the way
     sides = (2 * height, 2 * width)
     bounded = bicubic(plain, sides).clamp(-1, 1)
-    torch.testing.assert_close(pipeline._enlarge_pixels(plain, sides), bounded)
+    torch.testing.assert_close(Decoding(pipeline.autoencoder).enlarged(plain, sides), bounded)
     protocol = describe(pipeline, labels="balanced", num_samples=2, nfe=1.0, weights="ema")
     assert ", at 16x16 by sdedit(enlarge='pixel')" in protocol.sampler
 

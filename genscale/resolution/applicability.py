@@ -12,7 +12,7 @@ from genscale.backbones.base import Backbone, ScaleBackbone
 from genscale.backbones.causal_video_block import VideoAttention
 from genscale.backbones.rin import RINBlock
 from genscale.backbones.scale_wise import ScaleAttention
-from genscale.backbones.switti import NormedScaleAttention
+from genscale.backbones.switti_block import NormedScaleAttention
 from genscale.layers.attention import SelfAttention
 from genscale.layers.cross_attention import CrossAttention
 from genscale.layers.rope import AxialRoPE

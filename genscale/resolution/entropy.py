@@ -16,7 +16,7 @@ from genscale.backbones.causal_video_block import VideoAttention
 from genscale.backbones.fit_layers import Attention
 from genscale.backbones.rin import RINBlock
 from genscale.backbones.scale_wise import LogitFactors, ScaleAttention
-from genscale.backbones.switti import NormedScaleAttention
+from genscale.backbones.switti_block import NormedScaleAttention
 from genscale.errors import ConfigError
 from genscale.layers.attention import SelfAttention
 from genscale.layers.norm import upcast

@@ -14,13 +14,8 @@ from torch import Tensor
 
 from genscale.backbones.base import parameter_count
 from genscale.backbones.scale_wise import attend_by_scale
-from genscale.backbones.switti import (
-    Condition,
-    NormedScaleAttention,
-    Switti,
-    SwittiBlock,
-    crop_numbers,
-)
+from genscale.backbones.switti import Switti, crop_numbers
+from genscale.backbones.switti_block import Condition, NormedScaleAttention, SwittiBlock
 from genscale.cli.building import instantiate
 from genscale.cli.resolvers import register_resolvers
 from genscale.conditioning.base import Conditioning
