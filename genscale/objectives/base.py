@@ -185,6 +185,9 @@ class ScaleTokens(Protocol):
     def at_scales(self, scales: Sequence[int | Sequence[int]]) -> ScaleTokens:
         """Return this tokenizer for other scales; weights are shared."""
 
+    def tokens(self, images: Tensor) -> Tensor:
+        """Return the tokens ``(B, L)`` of all scales of images ``(B, C, H, W)`` in [-1, 1]."""
+
     def codes(self, tokens: Tensor) -> Tensor:
         """Return the codes ``(B, n, Cv)`` of tokens ``(B, n)``."""
 

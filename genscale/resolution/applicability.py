@@ -32,6 +32,7 @@ class Traits:
         unet: convolutional stages as diffusers' UNets have them.
         tokens: self-attention over tokens of a grid, whose windows can be attended alone.
         words: attention of the picture's tokens to words.
+        scales: samples that are tokens of growing scales, coarse ones before fine ones.
         continuous: samples that are noised and denoised, so that several can be mixed.
         pictures: samples of two axes, not clips.
     """
@@ -41,6 +42,7 @@ class Traits:
     unet: bool
     tokens: bool
     words: bool
+    scales: bool
     continuous: bool
     pictures: bool
 
@@ -51,6 +53,7 @@ NEEDS: Mapping[str, str] = {
     "unet": "the convolutional stages of a UNet of diffusers",
     "tokens": "self-attention over a grid of tokens without rotary positions",
     "words": "attention to words",
+    "scales": "tokens of growing scales",
     "continuous": "noisy samples that can be mixed, not tokens of scales",
     "pictures": "samples that are pictures",
 }
@@ -78,6 +81,7 @@ def traits(model: nn.Module) -> Traits:
         tokens=any(m.rope is None for m in plain)
         or any(getattr(m, "is_cross_attention", None) is False for m in foreign),
         words=any(isinstance(m, CrossAttention) for m in modules),
+        scales=scale_wise,
         continuous=not scale_wise,
         pictures=len(shape) == 3,
     )

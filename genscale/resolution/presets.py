@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from genscale.errors import ConfigError, did_you_mean
+from genscale.objectives.base import Family
 from genscale.resolution.applicability import refusal, traits
 from genscale.resolution.base import ResolutionOp, Sides
 from genscale.resolution.dilated import SDXL_LAYERS, DilatedConvs
@@ -24,6 +25,7 @@ from genscale.resolution.entropy import EntropyAttention
 from genscale.resolution.fourier import FourierConvs
 from genscale.resolution.rotary import WATERSHED, RotaryScaling, RotaryVariant
 from genscale.resolution.windows import WindowFusion
+from genscale.samplers.base import Sampler, State
 
 if TYPE_CHECKING:
     from genscale.resolution.sampling import Stage
@@ -36,6 +38,7 @@ class Preset:
         name: as ``resolution=`` has it.
         needs: traits a network must have (:class:`~genscale.resolution.applicability.Traits`).
         uses: traits it makes use of where they are.
+        family: whose samplers a cascade takes, ``"diffusion"`` or ``"scale_wise"``.
         cascade: whether it goes from a run at the trained size to larger ones.
         records: whether larger runs read the estimates of the run before, step by step.
         doubling: whether a cascade's sizes double, rather than grow by the trained size.
@@ -45,6 +48,7 @@ class Preset:
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     uses: ClassVar[tuple[str, ...]] = ()
+    family: ClassVar[Family] = "diffusion"
     cascade: ClassVar[bool] = False
     records: ClassVar[bool] = False
     doubling: ClassVar[bool] = False
@@ -79,6 +83,17 @@ class Preset:
     def begins_at(self, stage: Stage) -> Tensor:
         """Return the clean latents that a larger run begins at, noised."""
         return stage.guide
+
+    def opened(self, solver: Sampler, view: Any, state: State, stage: Stage) -> State:
+        """Return where a larger run of a scale-wise model begins, which started empty.
+
+        Args:
+            solver: the sampler.
+            view: the network's view at the larger size, guidance included.
+            state: as the sampler starts it.
+            stage: the enlargement.
+        """
+        return state
 
     def guided(self, model: nn.Module, stage: Stage) -> list[ResolutionOp]:
         """Return fresh operators of a larger run."""
@@ -348,11 +363,13 @@ def presets() -> dict[str, type[Preset]]:
     """Return all presets by name."""
     from genscale.resolution.cascades import FreeScale, HiFlow, IMax, SDEdit
     from genscale.resolution.hidiffusion import HiDiffusion
+    from genscale.resolution.pyramid import Pyramid
     from genscale.resolution.window_cascades import LSRNA, AccDiffusion, CUpscale, DemoFusion
 
     kinds: tuple[type[Preset], ...] = (
         *(NoScaling, Entropy, Rotary, Lumina, MultiDiffusion),
         *(SDEdit, DemoFusion, AccDiffusion, LSRNA, FreeScale, IMax, HiFlow, CUpscale),
+        Pyramid,
         *(ScaleCrafter, FouriScale, HiDiffusion),
     )
     return {kind.name: kind for kind in kinds}

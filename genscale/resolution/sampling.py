@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,7 @@ class Stage:
         before: height and width of the run before.
         sides: height and width of this one.
         steps: of the sampler.
+        small: finished latents of the run before, ``(B, C, h, w)``.
         guide: finished latents of the run before, enlarged, ``(B, C, H, W)``.
         noise: one fixed unit noise, alike.
         cleans: the estimates of the run before by step, not enlarged.
@@ -75,6 +77,7 @@ class Stage:
     before: Sides
     sides: Sides
     steps: int
+    small: Tensor
     guide: Tensor
     noise: Tensor
     cleans: dict[int, Tensor]
@@ -236,7 +239,6 @@ def sample_scaled(
     problem = sampler_refusal(solver, preset)
     if problem is not None:
         raise ConfigError(problem)
-    assert isinstance(solver, GridSampler)
     sizes = cascade_sides(small, large, size_step(model), doubling=preset.doubling)
     _check_sizes(model, [side for sides in sizes for side in preset.called_at(model, small, sides)])
     watch = preset.watch(model, small)
@@ -252,6 +254,7 @@ def sample_scaled(
             before=before,
             sides=sides,
             steps=solver.num_steps,
+            small=run.latents,
             guide=guide,
             noise=rng.normal(keys, tuple(guide.shape[1:])).to(guide.dtype),
             cleans=run.cleans,
@@ -266,6 +269,7 @@ def sample_scaled(
             sides,
             start=stage,
             begin=preset.begins_at(stage),
+            opened=partial(preset.opened, stage=stage),
             record=preset.records,
             shift=preset.time_shift(stage),
         )
@@ -305,14 +309,21 @@ class _Runs:
         *,
         start: Stage | None = None,
         begin: Tensor | None = None,
+        opened: Callable[[Sampler, Any, State], State] | None = None,
         record: bool = False,
         shift: float = 1.0,
     ) -> _Run:
-        """Run from noise, or from clean latents ``begin`` with the stage's noise, to the end."""
+        """Run to the end: from noise, or from clean latents ``begin`` with the stage's noise.
+
+        A scale-wise model runs from nothing, or from where ``opened`` says.
+        """
         view: Any = self.view_at(sides)
         if not isinstance(self.solver, GridSampler) or not isinstance(view, Denoiser):
             with apply_resolution(self.model, ops, native=self.native, target=sides):
-                state = self.solver.run(view, self.cond, self.seeds)
+                state = self.solver.start(view, self.cond, self.seeds)
+                if opened is not None:
+                    state = opened(self.solver, view, state)
+                state = self.solver.complete(view, state)
             self.nfe = self.nfe + state.nfe
             return _Run(self.solver.finish(state), {})
         solver = self.solver if shift == 1.0 else shifted_sampler(self.solver, shift)
@@ -374,9 +385,16 @@ def _check_sizes(model: nn.Module, sizes: Sequence[Sides]) -> None:
 
 def sampler_refusal(solver: Sampler, preset: Preset) -> str | None:
     """Return why a sampler cannot serve a preset, in a sentence; None where it can."""
-    steps = isinstance(solver, GridSampler) and not isinstance(solver, DiffusersSampler)
-    if steps or not preset.cascade:
+    if not preset.cascade or preset.family == solver.family == "scale_wise":
         return None
+    steps = isinstance(solver, GridSampler) and not isinstance(solver, DiffusersSampler)
+    if steps and preset.family == "diffusion":
+        return None
+    if preset.family == "scale_wise":
+        return (
+            f"resolution={preset.name} needs a sampler of scales, which {solver.label} is not. "
+            "Use sampler=next_scale."
+        )
     return (
         f"resolution={preset.name} needs a sampler that can begin at any level of its grid, which "
         f"{solver.label} cannot. Use sampler=ddim, euler or dpmpp_2m."

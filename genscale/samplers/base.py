@@ -259,7 +259,10 @@ class Sampler(ABC):
         noise: Tensor | None = None,
     ) -> State:
         """Sample from start to end; the result's ``.x`` holds the samples."""
-        state = self.start(model, cond, seeds, noise)
+        return self.complete(model, self.start(model, cond, seeds, noise))
+
+    def complete(self, model: Any, state: State) -> State:
+        """Advance all particles to the end."""
         while int(state.step.min()) < self.num_steps:
             state = self.advance(model, state)
         return state

@@ -51,6 +51,7 @@ from genscale.resolution.presets import (
     operators_of,
     presets,
 )
+from genscale.resolution.pyramid import Pyramid
 from genscale.resolution.rotary import RotaryScaling
 from genscale.resolution.window_cascades import LSRNA, AccDiffusion, CUpscale, DemoFusion
 
@@ -166,7 +167,7 @@ def test_what_a_network_has_nothing_for_is_left_out_or_refused() -> None:
     )
     for kind in presets().values():
         assert {*kind.needs, *kind.uses} <= set(NEEDS)
-        assert kind.cascade == issubclass(kind, Cascade)
+        assert kind.cascade == issubclass(kind, Cascade | Pyramid)
 
 
 def test_a_unet_takes_the_presets_of_its_convolutions(models: dict[str, nn.Module]) -> None:

@@ -345,7 +345,7 @@ def test_a_window_has_conditions_of_its_own() -> None:
 
 
 def test_every_preset_is_tried_here_or_refused_by_this_network(model: DiT) -> None:
-    refused = {"ntk", "lumina", "scalecrafter", "fouriscale"}
+    refused = {"ntk", "lumina", "scalecrafter", "fouriscale", "pyramid"}
     assert set(presets()) == set(EVALUATIONS) | refused
     for name in refused:
         with pytest.raises(ConfigError, match=rf"resolution={name} needs .* Use resolution="):
