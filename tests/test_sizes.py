@@ -31,6 +31,7 @@ from genscale.objectives.edm import EDM
 from genscale.objectives.flow import FlowMatching
 from genscale.objectives.next_scale import NextScale as NextScaleObjective
 from genscale.pipeline import GenerationPipeline
+from genscale.resolution import preset_named
 from genscale.rewards.callable import FunctionReward
 from genscale.samplers.next_scale import NextScale
 from genscale.samplers.ode import Euler
@@ -208,6 +209,9 @@ def test_scale_wise_models_make_other_sizes() -> None:
     )  # fmt: skip
     native = maker.generate(num_samples=2)
     assert native.shape == (2, 1, 8, 8)
+    assert maker.generate(num_samples=2, size=(12, 8)).shape == (2, 1, 12, 8)
+    assert torch.equal(maker.generate(num_samples=2), native)
+    maker.resolution = preset_named("pyramid")
     assert maker.generate(num_samples=2, size=(12, 8)).shape == (2, 1, 12, 8)
     assert torch.equal(maker.generate(num_samples=2), native)
     with pytest.raises(ConfigError, match=r"multiples of 2 pixels.* size=8\.$"):
