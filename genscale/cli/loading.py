@@ -148,7 +148,7 @@ def _place_resolution(cfg: DictConfig, pipeline: GenerationPipeline) -> None:
     ) or sampler_refusal(pipeline.sampler, preset)
     if problem is not None:
         raise ConfigError(problem)
-    if preset.enlarge == "pixel":
+    if preset.enlarge == "pixel" or preset.family == "scale_wise":  # small pictures are encoded
         problems = pipeline.autoencoder.check(encodes=True, decodes=True)
         if problems:
             raise ConfigError("\n".join(problems))

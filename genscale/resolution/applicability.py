@@ -102,6 +102,8 @@ def refusal(
     for need in preset.needs:
         if not getattr(has, need):
             other = "entropy" if has.entropy and preset.name != "entropy" else "none"
+            if has.scales and preset.cascade:
+                other = "pyramid"  # the cascade of scales
             return (
                 f"resolution={preset.name} needs {NEEDS[need]}, which {type(model).__name__} has "
                 f"not. Use resolution={other}."

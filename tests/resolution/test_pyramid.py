@@ -131,6 +131,8 @@ def test_what_does_not_fit_is_refused(tokenizer: MSVQ) -> None:
         sample(model, tokenizer, preset, target=(3, 3))
     dit = DiT(input_size=8, hidden_size=16, depth=1, num_heads=2)
     assert "resolution=pyramid needs tokens of growing scales" in str(refusal(dit, preset))
+    sdedit = preset_named("sdedit")
+    assert str(refusal(model, sdedit)).endswith("which VAR has not. Use resolution=pyramid.")
     assert "Use sampler=next_scale" in str(sampler_refusal(Euler(2), preset))
     assert sampler_refusal(SOLVER, preset) is None
-    assert "needs a sampler that can begin" in str(sampler_refusal(SOLVER, preset_named("sdedit")))
+    assert "needs a sampler that can begin" in str(sampler_refusal(SOLVER, sdedit))
