@@ -10,6 +10,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from genscale.autoencoders.video_kinds import KINDS
+from genscale.backbones.base import parameter_count
+from genscale.cli.building import instantiate
 from genscale.cli.resolvers import latent_frames, register_resolvers
 from genscale.cli.startup import check
 from genscale.errors import ConfigError
@@ -116,6 +118,11 @@ def test_a_sampler_of_the_trained_length_waits_for_data_to_tell_it() -> None:
         with pytest.raises(ConfigError, match="missing") as refusal:
             check(cfg)  # of the data alone, which are not there
         assert "trained_frames" not in str(refusal.value)
+        cfg = compose("train", overrides=["experiment=causal_video_sprites", "data.root=missing"])
+        assert cfg.model.input_size == [8, 8, 8]  # a quarter of the sides
+        cfg.data.num_classes = 0  # which the data tell
+        model = instantiate(cfg.model, "model")
+        assert parameter_count(model) == 3_932_752
 
 
 def test_latent_frames_follow_the_autoencoder() -> None:
