@@ -58,7 +58,7 @@ def draw(series: Series, starts: NDArray[np.int64], trained: int, path: Path) ->
     axis.axvline(trained - 1, color="grey", linewidth=0.8, linestyle=":")
     axis.text(trained, 0.02, "trained length", fontsize=8, color="grey")
     axis.set(xlabel="frame", ylabel="as the caption says", ylim=(0, 1.02))
-    axis.legend(frameon=False, ncols=4, loc="upper right")
+    axis.legend(frameon=False, ncols=4, loc="lower right")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
