@@ -105,7 +105,7 @@ class TestOracle:
         assert len(MEASURES_OF_SCENES) == 8
 
     def test_pictures_without_colour(self) -> None:
-        with pytest.raises(DataError, match=r"shape \(3, H, H\)"):
+        with pytest.raises(DataError, match=r"shape \(3, H, W\)"):
             judged(SceneOracle(), torch.zeros(1, 1, 32, 32), "a circle")
 
 
