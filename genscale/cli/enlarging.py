@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from genscale.cli.loading import datasets_of, output_folder
-from genscale.cli.reconstructing import pair_measures, refuse_settings
-from genscale.errors import ConfigError
+from genscale.cli.reconstructing import held_out, pair_measures, refuse_settings, so_many
 from genscale.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -149,13 +148,8 @@ def _enlarge(cfg: DictConfig, count: int | None) -> Enlarged:
         cfg.run, checkpoint=cfg.checkpoint, weights=str(cfg.weights), device=cfg.device
     )
     data = datasets_of(cfg.run)
-    pictures, split = (data.train, "train") if data.heldout is None else (data.heldout, "heldout")
-    total = len(pictures) if count is None else count
-    if total > len(pictures):
-        raise ConfigError(
-            f"num_samples={total} was given, but '{data.name}' has {len(pictures)} pictures to "
-            f"enlarge ({split}). Give at most that many."
-        )
+    pictures, split = held_out(data)
+    total = so_many(pictures, count, f"to enlarge ({split})")
     ids = torch.arange(total)[rank::world_size]
     batches = list(_batches(training, pictures, ids, cfg.batch_size))
     columns = {

@@ -154,6 +154,26 @@ def refuse_settings(cfg: DictConfig, does: str) -> None:
         )
 
 
+def held_out(data: Any) -> tuple[Any, str]:
+    """Return the held-out pictures of a data module, or all it has, and the name of the split."""
+    return (data.train, "train") if data.heldout is None else (data.heldout, "heldout")
+
+
+def so_many(pictures: Any, count: int | None, what_for: str) -> int:
+    """Return how many of some pictures are meant; all where no number is given.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    total = len(pictures) if count is None else count
+    if total > len(pictures):
+        raise ConfigError(
+            f"num_samples={total} was given, but '{pictures.name}' has {len(pictures)} pictures "
+            f"{what_for}. Give at most that many."
+        )
+    return total
+
+
 def _reconstruct(cfg: DictConfig, count: int | None) -> Reconstructed:
     """Reconstruct the first so many pictures; processes share the work."""
     import torch
@@ -166,13 +186,8 @@ def _reconstruct(cfg: DictConfig, count: int | None) -> Reconstructed:
         cfg.run, checkpoint=cfg.checkpoint, weights=str(cfg.weights), device=cfg.device
     )
     data = datasets_of(cfg.run)
-    pictures, split = (data.train, "train") if data.heldout is None else (data.heldout, "heldout")
-    total = len(pictures) if count is None else count
-    if total > len(pictures):
-        raise ConfigError(
-            f"num_samples={total} was given, but '{data.name}' has {len(pictures)} pictures to "
-            f"reconstruct ({split}). Give at most that many."
-        )
+    pictures, split = held_out(data)
+    total = so_many(pictures, count, f"to reconstruct ({split})")
     ids = torch.arange(total)[rank::world_size]
     batches = list(_batches(network, pictures, ids, cfg.batch_size))
     columns = [torch.cat(column) for column in zip(*batches, strict=True)]
