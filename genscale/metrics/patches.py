@@ -7,9 +7,10 @@ from torch import Tensor
 
 from genscale.errors import ConfigError, DataError
 from genscale.metrics.features import FeatureNetwork, check_images
+from genscale.metrics.parts import PartFeatures
 
 
-class PatchFeatures(FeatureNetwork):
+class PatchFeatures(PartFeatures):
     """Features of patches of pictures by a network of pictures: a set of vectors a picture.
 
     Samples larger than what a model was trained on, or than the data, are compared with the data
@@ -44,7 +45,6 @@ class PatchFeatures(FeatureNetwork):
         patches_a_pass: int = 256,
         name: str = "patch",
     ) -> None:
-        super().__init__()
         if network.whole_clips or network.per_frame:
             raise ConfigError(
                 f"PatchFeatures needs a network of pictures, but '{network.name}' reads clips or "
@@ -57,34 +57,16 @@ class PatchFeatures(FeatureNetwork):
                 f"a patch a pass or more, but patch={patch}, overlap={overlap} and "
                 f"patches_a_pass={patches_a_pass} were given."
             )
-        self.network = network
+        super().__init__(network, name)
         self.patch = sides
         self.overlap = overlap
         self.patches_a_pass = patches_a_pass
-        self.name = name
-        self.tap = network.tap
-        self.taps = network.taps
-        self.resize = network.resize
-        self.learns_from_labels = network.learns_from_labels
 
     @property
     def description(self) -> str:
         """The network's name in protocols, with the patches it looks at."""
         apart = f" overlapping by {self.overlap:g}" if self.overlap else ""
         return f"{self.network.description} of {self.patch[0]}x{self.patch[1]} patches{apart}"
-
-    @property
-    def sha256(self) -> str:
-        """Digest of the network."""
-        return self.network.sha256
-
-    def check(self) -> list[str]:
-        """Return what the network complains of."""
-        return self.network.check()
-
-    def prepare(self) -> None:
-        """Read the network's weights."""
-        self.network.prepare()
 
     def check_input(self, images: Tensor) -> Tensor:
         """Return pictures after checking that a patch fits in.

@@ -12,6 +12,7 @@ from torch import Tensor
 from genscale.data.scenes.dataset import Scenes
 from genscale.errors import ConfigError, DataError
 from genscale.metrics.holders import warn_left_out
+from genscale.metrics.parts import PartFeatures
 from genscale.metrics.patches import PatchFeatures
 from genscale.metrics.picture_lite import PictureLite
 from genscale.metrics.picture_measures import PictureMeasure, PictureMetrics
@@ -43,6 +44,12 @@ class TestPatches:
         assert network.corners(4, 10) == [(0, 0), (0, 3), (0, 6)]  # 10 pixels need three
         halved = PatchFeatures(Pixels(None), 4, overlap=0.5)
         assert [left for _, left in halved.corners(4, 8)] == [0, 2, 4]
+
+    def test_the_features_are_the_networks_own(self) -> None:
+        network = Pixels()
+        patches: PartFeatures = PatchFeatures(network, patch=16)
+        assert (patches.sha256, patches.taps) == (network.sha256, network.taps)
+        assert patches.check() == network.check()
 
     def test_features_of_a_patch_are_those_of_the_crop(self) -> None:
         images = noise(2, 3, 12, 8)

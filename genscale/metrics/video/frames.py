@@ -9,10 +9,11 @@ from torch import Tensor
 
 from genscale.errors import ConfigError, DataError
 from genscale.metrics.features import FeatureNetwork
+from genscale.metrics.parts import PartFeatures
 from genscale.metrics.video.clips import check_clips, flat_frames
 
 
-class FrameFeatures(FeatureNetwork):
+class FrameFeatures(PartFeatures):
     """Features of the frames of clips by a network of pictures: a set of vectors a clip.
 
     ``fd_frames`` then is the FID of frames: it sees what single frames look like, and nothing of
@@ -41,7 +42,6 @@ class FrameFeatures(FeatureNetwork):
         frames_a_pass: int = 256,
         name: str | None = None,
     ) -> None:
-        super().__init__()
         if network.whole_clips or network.per_frame:
             raise ConfigError(
                 f"FrameFeatures needs a network of pictures, but '{network.name}' reads clips. "
@@ -54,34 +54,16 @@ class FrameFeatures(FeatureNetwork):
                 "FrameFeatures needs positive numbers, but frames="
                 f"{frames} and frames_a_pass={frames_a_pass} were given."
             )
-        self.network = network
+        super().__init__(network, name or ("frames" if of == "frames" else "frame_differences"))
         self.of = of
         self.frames = frames
         self.frames_a_pass = frames_a_pass
-        self.name = name or ("frames" if of == "frames" else "frame_differences")
-        self.tap = network.tap
-        self.taps = network.taps
-        self.resize = network.resize
-        self.learns_from_labels = network.learns_from_labels
 
     @property
     def description(self) -> str:
         """The network's name in protocols, with what of a clip it looks at."""
         which = "every" if self.frames is None else str(self.frames)
         return f"{self.network.description} of {which} {self.of}"
-
-    @property
-    def sha256(self) -> str:
-        """Digest of the network."""
-        return self.network.sha256
-
-    def check(self) -> list[str]:
-        """Return what the network complains of."""
-        return self.network.check()
-
-    def prepare(self) -> None:
-        """Read the network's weights."""
-        self.network.prepare()
 
     def check_input(self, images: Tensor) -> Tensor:
         """Return clips after checking them.
