@@ -32,7 +32,7 @@ lint: $(STAMP)
 	@$(BIN)/mypy
 
 test: lint
-	@$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	@$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP)
 	@$(BIN)/python scripts/bench_dimr.py

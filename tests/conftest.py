@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +43,13 @@ def subprocess_environment() -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests run where a GPU is; everything else runs everywhere."""
+    """Files with slow tests first, then large ones; GPU tests run where a GPU is.
+
+    A file is one worker's: a slow one that starts last is waited for by all.
+    """
+    tests = Counter(item.path for item in items)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))  # stable
     if torch.cuda.is_available():
         return
     for item in items:

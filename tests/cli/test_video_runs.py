@@ -118,11 +118,22 @@ def test_a_sampler_of_the_trained_length_waits_for_data_to_tell_it() -> None:
         with pytest.raises(ConfigError, match="missing") as refusal:
             check(cfg)  # of the data alone, which are not there
         assert "trained_frames" not in str(refusal.value)
-        cfg = compose("train", overrides=["experiment=causal_video_sprites", "data.root=missing"])
-        assert cfg.model.input_size == [8, 8, 8]  # a quarter of the sides
-        cfg.data.num_classes = 0  # which the data tell
-        model = instantiate(cfg.model, "model")
-        assert parameter_count(model) == 3_932_752
+
+
+@pytest.mark.parametrize(
+    ("experiment", "parameters"),
+    [("causal_video_sprites", 3_932_752), ("snap_video_sprites", 4_511_784)],
+)
+def test_recipes_of_sprites_read_latents_of_a_quarter_of_the_sides(
+    experiment: str, parameters: int
+) -> None:
+    register_resolvers()
+    conf = str(Path(__file__).resolve().parents[2] / "conf")
+    with initialize_config_dir(conf, version_base="1.3"):
+        cfg = compose("train", overrides=[f"experiment={experiment}", "data.root=missing"])
+    assert cfg.model.input_size == [8, 8, 8]
+    cfg.data.num_classes = 0  # which the data tell
+    assert parameter_count(instantiate(cfg.model, "model")) == parameters
 
 
 def test_latent_frames_follow_the_autoencoder() -> None:

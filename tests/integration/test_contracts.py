@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+@cache
 def family_of(group: str, option: str) -> str:
     """Return what an option is for: scale-wise, block-causal or other models, or autoencoders."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -73,12 +75,16 @@ def of_family(group: str, family: str) -> list[str]:
 
 
 def build(group: str, option: str, *words: str) -> Any:
+    return instantiate(chosen(group, option, *words), group)
+
+
+@cache  # the same few settings are built for every pair below
+def chosen(group: str, option: str, *words: str) -> Any:
     register_resolvers()
     models = {"scale_wise": ("model=var",), "blocks": ("model=causal_video",)}
     model = models.get(family_of(group, option), ()) if group == "sampler" else ()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=[*model, f"{group}={option}", *words])
-    return instantiate(cfg[group], group)
+        return compose("train", overrides=[*model, f"{group}={option}", *words])[group]
 
 
 @pytest.fixture(scope="module")
