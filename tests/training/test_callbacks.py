@@ -207,6 +207,18 @@ class TestTrainLog:
         assert rows[0]["train/gradient_norm"] > 0
         assert rows[0]["train/learning_rate"] == 1e-2
 
+    def test_a_term_of_some_steps_is_the_mean_over_those(
+        self, log_of: Callable[..., TrainLog], tmp_path: Path
+    ) -> None:
+        class OfOddSteps(StepCallback):  # as of one head, where each step trains one of several
+            def on_step(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+                if module.step % 2:
+                    module.terms["psnr"] = torch.tensor(10.0 * module.step)
+
+        train(module_of(), [OfOddSteps(), log_of(every=4)], steps=9)
+        rows = read_jsonl(tmp_path / "metrics.jsonl")
+        assert [row["train/psnr"] for row in rows] == [20.0, 60.0, 90.0]
+
     def test_a_resumed_run_rewinds_the_file(self, tmp_path: Path) -> None:
         log = RunLog(tmp_path / "metrics.jsonl")
         for step in (5, 10, 15):

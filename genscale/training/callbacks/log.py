@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,6 +21,9 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10"
 class TrainLog(StepCallback):
     """Writes a row every ``every`` steps: mean losses since the last row, totals, and rates.
 
+    A term that some steps do not have, such as that of one of several heads, is averaged over those
+    that have it.
+
     Args:
         run_log: where rows go, beside the trainer's loggers.
         every: optimizer steps between rows.
@@ -32,7 +36,8 @@ class TrainLog(StepCallback):
         self.flops_per_sample = flops_per_sample
         self.latest: dict[str, float] = {}  # the last row, for the progress bar
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._counts: Counter[str] = Counter()  # a term of some steps is a mean over those
+        self._steps = 0
         self._seconds = 0.0  # of training, earlier parts of a resumed run included
         self._clock = 0.0  # when this part of the run started
         self._interval = 0.0  # when this interval started, had it been training only
@@ -65,21 +70,22 @@ class TrainLog(StepCallback):
         for name, value in terms.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._count += 1
+        self._counts.update(terms.keys())
+        self._steps += 1
         if due(module.step, self.every, trainer.max_steps):
             self._write(trainer, module)
 
     def _write(self, trainer: pl.Trainer, module: StepModule) -> None:
         names = [*self._sums, *module.counts]
         means = torch.stack(
-            [self._sums[name] / self._count for name in self._sums]
+            [self._sums[name] / self._counts[name] for name in self._sums]
             + [count.float() for count in module.counts.values()]
         )
         if trainer.world_size > 1:
             means = trainer.strategy.reduce(means, reduce_op="mean")
         values = means.tolist()  # the one sync of the interval
         now = time.perf_counter()
-        rate = self._count * module.batch_size / max(now - self._interval, 1e-9)
+        rate = self._steps * module.batch_size / max(now - self._interval, 1e-9)
         flops = 3 * rate * self.flops_per_sample
         row: dict[str, Any] = {
             "step": module.step,
@@ -94,7 +100,7 @@ class TrainLog(StepCallback):
         if peak is not None:
             row["train/mfu"] = flops / (peak * trainer.world_size)
         self.latest = row
-        self._sums, self._count = {}, 0
+        self._sums, self._counts, self._steps = {}, Counter(), 0
         if trainer.is_global_zero:
             self.run_log.append(row)
         for logger in trainer.loggers:
