@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -147,6 +148,10 @@ class TestStages:
         assert set(drawn) == {(2,), (4,)}
         assert 10 < drawn.count((2,)) < 30
         assert training.scales_of(0, self.recipe.stage_at(0)) == (2, 4)
+
+    def test_without_steps_of_one_head_there_are_none_however_long_a_run(self) -> None:
+        recipe = replace(self.recipe, one_head_last=0.0)
+        assert not any(recipe.stage_at(step).one_head for step in range(40))
 
     def test_a_stage_of_no_steps_is_left_out(self) -> None:
         recipe = LatentUpscaling(stages={"latent": 3, "pixel": 5})
