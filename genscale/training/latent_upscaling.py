@@ -165,8 +165,8 @@ class LatentUpscaling(UpscalerRecipe):
         start = 0
         for name, steps in used:
             if step < start + steps or name == used[-1][0]:
-                late = step - start >= steps * (1.0 - self.one_head_last)
-                late = late and self.one_head_last > 0  # a last stage goes on past its steps
+                # a last stage goes on past its steps, where a share of 0 still means never
+                late = self.one_head_last > 0 and step - start >= steps * (1 - self.one_head_last)
                 number = list(PUBLISHED_WEIGHTS).index(name) + 1
                 return Stage(name, number, self.weights_of(name), late)
             start += steps
