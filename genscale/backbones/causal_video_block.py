@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genscale.layers.attention import attend
 from genscale.layers.block_mask import BlockCausalMask, join_runs, masked_attention
 from genscale.layers.mlp import MLP
 from genscale.layers.norm import WeightedRMSNorm, upcast
@@ -103,11 +104,11 @@ class Continued:
             own_k, own_v = join_runs(k, keys), join_runs(v, keys)
             seen = F.pad(there, (0, own_k.shape[2]), value=True)[:, None, None]
             parts.append(
-                F.scaled_dot_product_attention(
+                attend(
                     q[:, :, start:stop],
                     torch.cat((old_k, own_k), dim=2),
                     torch.cat((old_v, own_v), dim=2),
-                    attn_mask=seen,
+                    mask=seen,
                 )
             )
         return torch.cat(parts, dim=2)
@@ -170,11 +171,11 @@ class TextAttention(nn.Module):
         q = heads(self.q_norm(self.q(x)), self.num_heads)
         k, v = (part.to(q.dtype) for part in kv)
         if mask is None:
-            y = F.scaled_dot_product_attention(q, k, v)
+            y = attend(q, k, v)
         else:
             seen = mask.any(dim=-1)[:, None, None, None]
             # a softmax over nothing is not a number: such rows see all, and are not taken
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None] | ~seen)
+            y = attend(q, k, v, mask=mask[:, None, None] | ~seen)
             y = y.masked_fill(~seen, 0.0)
         result: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return result

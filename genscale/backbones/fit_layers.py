@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genscale.layers.attention import attend
 from genscale.layers.norm import upcast
 
 
@@ -114,7 +115,7 @@ class Attention(nn.Module):
         q, k, v = (self._heads(part) for part in (self.q(y), k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        out: Tensor = self.out(attend(q, k, v).transpose(1, 2).flatten(2))
         return out
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from genscale.backbones.base import ScaleBackbone, ScaleOutput
 from genscale.backbones.shapes import class_rows
 from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
+from genscale.layers.attention import attend
 from genscale.layers.norm import no_autocast, per_sample, upcast
 from genscale.layers.position_tables import resize_scale_table
 from genscale.layers.scale_cache import cache_dtype, write
@@ -172,7 +173,7 @@ def attend_by_scale(
     else:
         seen = list(zip(k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True))
     parts = [
-        F.scaled_dot_product_attention(query, *pair, scale=factor)
+        attend(query, *pair, scale=factor)
         for query, pair, factor in zip(q.split(sizes, dim=2), seen, scales, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

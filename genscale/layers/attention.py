@@ -1,4 +1,4 @@
-"""Self-attention."""
+"""Softmax attention, and self-attention made of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,43 @@ from torch import Tensor, nn
 
 from genscale.layers.norm import upcast
 from genscale.layers.rope import AxialRoPE, rotate
+
+_SHORT = 256  # tokens up to which float32 is the faster one there, see attend
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Return softmax(scale q k^T) v.
+
+    torch's backward pass in bfloat16 on CPUs is up to four times as slow as in float32 where there
+    are few tokens (``scripts/bench_attention.py``). There, float32 is used and the result rounded.
+
+    Args:
+        q: ``(B, h, N, d)``.
+        k: ``(B, h, M, d)``.
+        v: likewise.
+        mask: broadcasts to ``(B, h, N, M)``: bool, true for what is seen, or numbers that are
+            added to the logits.
+        scale: of the logits; None is 1 / sqrt(d).
+    """
+    short = max(q.shape[2], k.shape[2]) <= _SHORT
+    if short and q.device.type == "cpu" and torch.is_grad_enabled() and _in_bfloat16(q):
+        if mask is not None and mask.is_floating_point():
+            mask = mask.float()
+        with torch.autocast("cpu", enabled=False):
+            y = F.scaled_dot_product_attention(
+                q.float(), k.float(), v.float(), attn_mask=mask, scale=scale
+            )
+        return y.bfloat16()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _in_bfloat16(q: Tensor) -> bool:
+    """Return whether torch would attend in bfloat16."""
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return q.dtype == torch.bfloat16
 
 
 class CosineNorm(nn.Module):
@@ -92,5 +129,5 @@ class SelfAttention(nn.Module):
             cosine, sine = self.rope.rotation(positions, tokens - len(positions))
             q = rotate(self.qk_norm(q), cosine, sine)
             k = rotate(self.qk_norm(k), cosine, sine)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = attend(q, k, v)
         return self.out(y.transpose(1, 2).flatten(2))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genscale.errors import ConfigError
+from genscale.layers.attention import attend
 
 Run = tuple[int, int]
 """First token, and the one after the last."""
@@ -186,7 +187,7 @@ def masked_attention(
     parts = []
     for (start, stop), keys in mask.runs():
         own_k, own_v = (join_runs(x, keys) for x in (k, v))
-        parts.append(F.scaled_dot_product_attention(q[:, :, start:stop], own_k, own_v))
+        parts.append(attend(q[:, :, start:stop], own_k, own_v))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 

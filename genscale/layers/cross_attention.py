@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genscale.layers.attention import attend
 from genscale.layers.norm import upcast
 
 
@@ -60,12 +61,12 @@ class CrossAttention(nn.Module):
         """
         q = self._heads(self._norm(self.q(x)))
         if mask is None:
-            y = F.scaled_dot_product_attention(q, *kv)
+            y = attend(q, *kv)
         else:
             # the softmax over no place at all is not a number, in the gradient too: such samples
             # attend to all places, and the result is not taken
             seen = mask.any(dim=-1, keepdim=True)
-            y = F.scaled_dot_product_attention(q, *kv, attn_mask=(mask | ~seen)[:, None, None])
+            y = attend(q, *kv, mask=(mask | ~seen)[:, None, None])
             y = y.masked_fill(~seen[:, :, None, None], 0.0)
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return out

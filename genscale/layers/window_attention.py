@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genscale.layers.attention import attend
+
 
 @lru_cache(maxsize=128)
 def relative_index(
@@ -127,7 +129,7 @@ class WindowAttention(nn.Module):
             .unbind(0)
         )  # (B, windows * h, cells, d)
         bias = self._bias(x.device, size, window, shift).expand(x.shape[1], -1, -1, -1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)[None].to(q.dtype))
+        y = attend(q, k, v, mask=bias.flatten(0, 1)[None].to(q.dtype))
         y = y.unflatten(1, (-1, self.num_heads)).transpose(2, 3).flatten(3)
         y = join_windows(self.out(y), window, size[0] + more_rows)
         if any(shift):
