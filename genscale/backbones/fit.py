@@ -37,6 +37,7 @@ from genscale.backbones.fit_layers import (
     Attention,
     ComputeLayer,
     FeedForward,
+    LocalConvolution,
     LocalLayer,
     SelfConditioning,
     gain_norm,
@@ -54,6 +55,7 @@ from genscale.backbones.fit_settings import (
 from genscale.conditioning.base import Conditioning
 
 Arch = Literal["snap", "fit_original"]
+LocalKind = Literal["attention", "convolution"]
 
 
 class FITBlock(nn.Module):
@@ -63,6 +65,8 @@ class FITBlock(nn.Module):
         sizes: widths and heads.
         num_local: layers among the patches of a group, before all else.
         num_global: layers among all latents; 0 builds a block of local layers alone.
+        local_grid: patches of a group along time, height and width, where local layers are
+            convolutions; None where they are attention.
         context_first: read the context before the patches, else after.
         cross_mlp: follow every cross-attention by a feed-forward layer.
         dropout: inside the feed-forward layers of local and global layers.
@@ -75,6 +79,7 @@ class FITBlock(nn.Module):
         num_local: int,
         num_global: int,
         *,
+        local_grid: tuple[int, int, int] | None,
         context_first: bool,
         cross_mlp: bool,
         dropout: float,
@@ -88,8 +93,11 @@ class FITBlock(nn.Module):
             attention = Attention(size, context, *sizes.heads[name], eps=eps)
             return attention, FeedForward(size, eps=eps) if cross_mlp else None
 
+        self.convolves = local_grid is not None
         self.local_layers = nn.ModuleList(
             LocalLayer(patch, *sizes.heads["local"], dropout=dropout, eps=eps)
+            if local_grid is None
+            else LocalConvolution(patch, local_grid, sizes.context, eps=eps)
             for _ in range(num_local)
         )
         self.computes = num_global > 0
@@ -111,8 +119,11 @@ class FITBlock(nn.Module):
             latents: ``(B, L, Dl)``, a group's rows beside each other.
             context: ``(B, N, Dc)``.
         """
+        whole = None
+        if self.convolves:  # the condition's tokens, noise level among them, as one vector a group
+            whole = context.sum(1).repeat_interleave(len(patches) // len(context), 0)
         for layer in self.local_layers:
-            patches = layer(patches)
+            patches = layer(patches, whole)
         if not self.computes:
             return patches, latents
         if self.context_first:
@@ -163,6 +174,8 @@ class FIT(Backbone):
         global_depth: layers among latents in a block.
         local_depth: layers among the patches of a group in a block; with them, a last block of
             local layers alone is added. Snap Video has none.
+        local_kind: ``attention``, as in the first FIT, or ``convolution``: two 3 x 3 convolutions
+            of each frame's patches, told of the condition (ours).
         patch_head_size: channels of a head that reads, writes or is local.
         latent_head_size: of a head that reads the context or is global.
         heads: number and size of heads by layer (``read``, ``write``, ``context``, ``global``,
@@ -215,6 +228,7 @@ class FIT(Backbone):
         depth: int = 6,
         global_depth: int = 4,
         local_depth: int = 0,
+        local_kind: LocalKind = "attention",
         patch_head_size: int = 48,
         latent_head_size: int = 64,
         heads: Mapping[str, Sequence[int]] | None = None,
@@ -272,6 +286,7 @@ class FIT(Backbone):
             FITBlock(
                 sizes,
                 *counts,
+                local_grid=self.groups.group if local_kind == "convolution" else None,
                 context_first=not original,
                 cross_mlp=cross_mlp,
                 dropout=dropout,

@@ -193,6 +193,45 @@ class LocalLayer(ComputeLayer):
     """The same among the patch tokens of one group, which stand in the place of a sample."""
 
 
+class LocalConvolution(nn.Module):
+    """x += conv(gelu(modulated(conv(LN(x))))) over the patch tokens of one group, frame by frame.
+
+    Ours, not of the papers. All patches share the filters, so that few pictures teach what lies
+    beside what. It starts as the identity.
+
+    Args:
+        size: width D.
+        grid: patches of a group along time, height and width.
+        condition_size: width of a vector c that scales and shifts what lies between the two 3 x 3
+            convolutions: (1 + W_1 silu(c)) y + W_2 silu(c), which starts as y.
+        eps: of the norm.
+    """
+
+    def __init__(
+        self, size: int, grid: tuple[int, int, int], condition_size: int, *, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.norm = gain_norm(size, eps)
+        self.first = nn.Conv2d(size, size, 3, padding=1)
+        self.modulation = nn.Linear(condition_size, 2 * size)
+        self.second = nn.Conv2d(size, size, 3, padding=1)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Advance ``(B, p, D)``.
+
+        Args:
+            x: patches of a group in order of time, height and width.
+            c: ``(B, condition_size)``.
+        """
+        y = modulated(self._convolved(self.first, self.norm(x)), self.modulation, c)
+        return x + self._convolved(self.second, F.gelu(y))
+
+    def _convolved(self, layer: nn.Conv2d, tokens: Tensor) -> Tensor:
+        pictures = tokens.unflatten(1, self.grid).flatten(0, 1).permute(0, 3, 1, 2)
+        return layer(pictures).permute(0, 2, 3, 1).reshape(tokens.shape)
+
+
 class NumberEmbedding(nn.Module):
     """Numbers -> vector: linear, GELU, linear.
 
@@ -277,6 +316,10 @@ def start_numbers(network: nn.Module, linear_scale: float) -> None:
     for part in network.modules():
         if isinstance(part, SelfConditioning):
             nn.init.zeros_(part.norm.weight)
+        if isinstance(part, LocalConvolution):
+            nn.init.zeros_(part.second.weight)
+            if part.second.bias is not None:
+                nn.init.zeros_(part.second.bias)
         modulation = getattr(part, "modulation", None)
         if isinstance(modulation, nn.Linear):
             nn.init.zeros_(modulation.weight)

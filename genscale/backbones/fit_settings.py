@@ -114,6 +114,7 @@ def check_settings(model: Backbone) -> tuple[Sizes, Groups]:
         *("depth", "global_depth", "patch_head_size", "latent_head_size"),
     )  # fmt: skip
     check_choice("arch", config["arch"], ("snap", "fit_original"))
+    check_choice("local_kind", config["local_kind"], ("attention", "convolution"))
     check_text(config["text_size"], config["num_text_tokens"], 0)
     if (
         not 0 <= config["dropout"] < 1
