@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from genscale.layers.norm import upcast
 from genscale.layers.rope import AxialRoPE, rotate
 
-_SHORT = 256  # tokens up to which float32 is the faster one there, see attend
+SHORT = 256  # tokens up to which float32 is the faster one there, see attend
 
 
 def attend(
@@ -30,7 +30,7 @@ def attend(
             added to the logits.
         scale: of the logits; None is 1 / sqrt(d).
     """
-    short = max(q.shape[2], k.shape[2]) <= _SHORT
+    short = max(q.shape[2], k.shape[2]) <= SHORT
     if short and q.device.type == "cpu" and torch.is_grad_enabled() and _in_bfloat16(q):
         if mask is not None and mask.is_floating_point():
             mask = mask.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from genscale.backbones.fit_layers import (
     Attention,
     FeedForward,
     HeadNorm,
+    LocalConvolution,
     NumberEmbedding,
     SelfConditioning,
     gain_norm,
@@ -24,6 +26,7 @@ from genscale.backbones.fit_layers import (
 from genscale.backbones.fit_settings import ExtraInput, read_extra_inputs
 from genscale.backbones.reuse import recorded, replaced, reusable_modules
 from genscale.conditioning.base import Conditioning
+from genscale.errors import ConfigError
 from genscale.objectives.base import Batch
 from genscale.objectives.edm import EDM
 from genscale.samplers.ode import Heun
@@ -80,6 +83,56 @@ def test_the_last_convolution_starts_as_the_identity() -> None:
 
 def _settings(**changes: Any) -> dict[str, Any]:
     return {**TINY, **changes}
+
+
+# local convolutions
+
+
+def test_a_local_convolution_is_what_its_formula_says() -> None:
+    torch.manual_seed(0)
+    layer = LocalConvolution(6, (2, 3, 4), 5)
+    x, c = torch.randn(2, 24, 6), torch.randn(2, 5)
+    for n in range(2):
+        scale, shift = layer.modulation(F.silu(c[n])).chunk(2)
+        for frame, tokens in enumerate(x[n].unflatten(0, (2, 3, 4))):
+            y = layer.first(layer.norm(tokens).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+            y = F.gelu((1 + scale) * y + shift)
+            y = layer.second(y.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+            found = layer(x, c)[n].unflatten(0, (2, 3, 4))[frame]
+            torch.testing.assert_close(found, tokens + y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fresh_local_convolution_changes_nothing() -> None:
+    model, (x, t, cond) = build(local_depth=1, local_kind="convolution"), batch()
+    fresh = FIT(**_settings(local_depth=1, local_kind="convolution"))
+    same: list[bool] = []
+    fresh.blocks[0].local_layers[0].register_forward_hook(
+        lambda module, args, out: same.append(torch.equal(args[0], out))
+    )
+    fresh(x, t, cond)
+    assert same == [True]
+    assert model(x, t, cond).sample.shape == x.shape
+
+
+def test_local_convolutions_know_noise_level_and_text() -> None:
+    model, (x, t, cond) = build(local_depth=1, local_kind="convolution"), batch()
+    seen: list[torch.Tensor] = []
+    model.blocks[0].local_layers[0].register_forward_hook(
+        lambda module, args, out: seen.append(out)
+    )
+    model(x, t, cond)
+    model(x, t + 0.5, cond)
+    model(x, t, replace(cond, text=cond.text + 1.0))
+    groups = len(seen[0]) // 3
+    assert not torch.allclose(seen[0], seen[1])
+    changed = [not torch.allclose(a, b) for a, b in zip(seen[0], seen[2], strict=True)]
+    # a group's rows are its sample's; the second sample has no text that counts
+    assert changed == [True] * groups + [False] * groups + [True] * groups
+
+
+def test_an_unknown_kind_of_local_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="convolution"):
+        FIT(**_settings(local_depth=1, local_kind="convolutions"))
 
 
 # the first FIT

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from genscale.layers.attention import CosineNorm, SelfAttention
+from genscale.layers.attention import SHORT, CosineNorm, SelfAttention, attend
 from genscale.layers.rope import AxialRoPE, axial_positions, rotate
 
 
@@ -23,6 +25,48 @@ def test_attention_is_softmax_of_scaled_products_with_heads_laid_out_q_k_v() -> 
         weights = torch.softmax(q[..., h] @ k[..., h].transpose(1, 2) / math.sqrt(3), dim=-1)
         heads.append(weights @ v[..., h])
     torch.testing.assert_close(layer(x), layer.out(torch.cat(heads, dim=-1)))
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "numbers"])
+def test_attend_is_torchs_attention(mask: str) -> None:
+    q, k, v = sample(2, 3, 4, 8), sample(2, 3, 5, 8, seed=1), sample(2, 3, 5, 8, seed=2)
+    allowed = {"none": None, "bool": sample(4, 5) > -1, "numbers": sample(2, 1, 4, 5)}[mask]
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=0.3)
+    assert torch.equal(attend(q, k, v, mask=allowed, scale=0.3), expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_short_attention_in_bfloat16_is_trained_in_float32(autocast: bool) -> None:
+    q, k, v = (sample(2, 3, 6, 8, seed=i).bfloat16() for i in range(3))
+    bias = sample(6, 6, seed=3).bfloat16()
+    wide = [x.float().requires_grad_() for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*wide, attn_mask=bias.float())
+    given = [x.float() if autocast else x.clone() for x in (q, k, v)]
+    given = [x.requires_grad_() for x in given]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = attend(*given, mask=bias)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected.bfloat16())  # one rounding, at the end
+    y.float().square().sum().backward()
+    expected.bfloat16().float().square().sum().backward()
+    for own, other in zip(given, wide, strict=True):
+        torch.testing.assert_close(own.grad.float(), other.grad, rtol=1e-2, atol=1e-3)
+
+
+def test_long_attention_and_sampling_stay_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    torchs = F.scaled_dot_product_attention
+
+    def watched(q: Tensor, *rest: Tensor, **named: Tensor) -> Tensor:
+        seen.append(q.dtype)
+        return torchs(q, *rest, **named)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    for tokens, grad in ((SHORT, True), (SHORT + 1, True), (SHORT, False)):
+        x = sample(1, 1, tokens, 4).bfloat16()
+        with torch.set_grad_enabled(grad):
+            attend(x, x, x)
+    assert seen == [torch.float32, torch.bfloat16, torch.bfloat16]
 
 
 def test_positions_are_cell_centres_and_the_shorter_axis_is_shrunk() -> None:
