@@ -188,8 +188,15 @@ def test_whole_settings_are_needed() -> None:
         config_from_official({"fit_block_config": {}})
 
 
-def test_what_is_ours_alone_has_no_official_layout() -> None:
-    model = tiny(reads_frame_rate=True)
-    with pytest.raises(ConfigError, match=r"no place for model\.reads_frame_rate=True"):
+@pytest.mark.parametrize(
+    ("ours", "said"),
+    [
+        ({"reads_frame_rate": True}, "reads_frame_rate=True"),
+        ({"local_depth": 1, "local_kind": "convolution"}, "local_kind=convolution"),
+    ],
+)
+def test_what_is_ours_alone_has_no_official_layout(ours: dict[str, Any], said: str) -> None:
+    model = tiny(**ours)
+    with pytest.raises(ConfigError, match=rf"no place for model\.{said}"):
         to_official(model.state_dict(), model.config)
     assert config_to_official(model.config) is None

@@ -110,6 +110,7 @@ _OURS_ALONE: dict[str, Any] = {
     "extra_inputs": [],
     "output_conv": False,
     "arch": "snap",
+    "local_kind": "attention",
 }
 
 
