@@ -122,7 +122,7 @@ def test_a_sampler_of_the_trained_length_waits_for_data_to_tell_it() -> None:
 
 @pytest.mark.parametrize(
     ("experiment", "parameters"),
-    [("causal_video_sprites", 3_932_752), ("snap_video_sprites", 4_511_784)],
+    [("causal_video_sprites", 3_932_752), ("snap_video_sprites", 7_004_200)],
 )
 def test_recipes_of_sprites_read_latents_of_a_quarter_of_the_sides(
     experiment: str, parameters: int
