@@ -36,7 +36,8 @@ class Judge:
     """A support vector machine on pixels: RBF kernel, C = 10, gamma = 1 / (d var).
 
     It has nothing in common with the networks under test or with the feature networks, so that a
-    model cannot please it by sharing their taste. Pictures above 32 pixels are averaged over boxes.
+    model cannot please it by sharing their taste. Pictures above 32 pixels are averaged over boxes,
+    and larger ones than it was trained on to the size of those.
 
     Args:
         max_images: pictures trained on at most, stratified over the classes.
@@ -50,6 +51,7 @@ class Judge:
         self.seed = seed
         self._machine: _Machine | None = None
         self._only_class: int | None = None
+        self._sides = (_LARGEST_SIDE, _LARGEST_SIDE)
         self.num_trained = 0
 
     def fit(self, images: Tensor, labels: Tensor) -> Judge:
@@ -71,10 +73,12 @@ class Judge:
         rows = stratified_rows(labels, self.max_images, self.seed)
         targets = labels[rows]
         self.num_trained = len(rows)
+        self._sides = min(images.shape[2], _LARGEST_SIDE), min(images.shape[3], _LARGEST_SIDE)
         self._only_class = int(targets[0]) if len(targets.unique()) == 1 else None
         if self._only_class is None:
             model = SVC(kernel="rbf", C=10.0, gamma="scale", cache_size=1000)
-            model.fit(_flat(images[rows.to(images.device)]).numpy(), targets.numpy())
+            seen = _flat(images[rows.to(images.device)], self._sides)
+            model.fit(seen.numpy(), targets.numpy())
             self._machine = _Machine.of(model)
         return self
 
@@ -82,13 +86,20 @@ class Judge:
         """Return the predicted labels ``(n,)`` int64 of uint8 images.
 
         Raises:
-            DataError: if the judge has not been trained.
+            DataError: if the judge has not been trained, or the images are smaller than those it
+                was trained on.
         """
         if self._only_class is not None:
             return torch.full((len(images),), self._only_class, dtype=torch.int64)
         if self._machine is None:
             raise DataError("The judge has not been trained. Call fit(images, labels) first.")
-        return torch.cat([self._machine.predict(_flat(part)) for part in images.split(1024)])
+        if any(own < side for own, side in zip(images.shape[2:], self._sides, strict=True)):
+            raise DataError(
+                f"The judge knows pictures of {self._sides[0]}x{self._sides[1]} pixels, but got "
+                f"{images.shape[2]}x{images.shape[3]}. Give pictures at least as large."
+            )
+        parts = [_flat(part, self._sides) for part in images.split(1024)]
+        return torch.cat([self._machine.predict(part) for part in parts])
 
     def agreement(self, images: Tensor, labels: Tensor) -> Agreement:
         """Compare predictions with labels ``(n,)``."""
@@ -147,8 +158,7 @@ class _Machine:
         return self.classes[votes.argmax(dim=1)]
 
 
-def _flat(images: Tensor) -> Tensor:
-    """Return pixels in [0, 1] as a float64 matrix ``(n, C * H * W)``, at most 32 a side."""
+def _flat(images: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Return pixels in [0, 1], averaged to some sides, as a float64 matrix ``(n, C * H * W)``."""
     pixels = check_images(images).cpu().to(torch.float64) / 255.0
-    size = (min(pixels.shape[2], _LARGEST_SIDE), min(pixels.shape[3], _LARGEST_SIDE))
-    return F.adaptive_avg_pool2d(pixels, size).flatten(1)
+    return F.adaptive_avg_pool2d(pixels, sides).flatten(1)

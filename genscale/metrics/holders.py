@@ -97,13 +97,14 @@ def fit_judge(
     images, labels = train
     if images is None or labels is None:
         return {"": "the reference has no labels"}
-    if patch is not None:
-        return {"": "the judge of labels knows pictures of the data's size"}
     holder.fit_judge(images, labels, *heldout)
-    if None not in heldout:
-        return {}
-    reason = "the reference has no held-out pictures with labels"
-    return {name: reason for name in holder.measures if name != "label_agreement"}
+    if None in heldout:
+        reason = "the reference has no held-out pictures with labels"
+        return {name: reason for name in holder.measures if name != "label_agreement"}
+    if patch is not None and "samples_to_real_accuracy" in holder.measures:
+        # the judge averages what is larger than the data; one that learns from samples cannot
+        return {"samples_to_real_accuracy": "samples are larger than the data"}
+    return {}
 
 
 def feed(

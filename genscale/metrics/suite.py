@@ -200,8 +200,8 @@ class EvaluationSuite:
         """Compare samples with smaller real pictures from now on: patches of the reference's size.
 
         To be called before there is a reference. Every feature network looks at patches then, and
-        says so in its protocols; measures by labels, whose judge knows whole pictures, are left
-        out, and measures of captions and of single samples stay as they are.
+        says so in its protocols. The judge of labels looks at whole samples, averaged to the size
+        of the data; measures of captions and of single samples stay as they are.
 
         Args:
             patch: height and width of the real pictures.

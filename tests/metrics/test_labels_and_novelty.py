@@ -68,6 +68,15 @@ def test_large_pictures_are_judged_at_32_pixels(digits: tuple) -> None:
     assert torch.equal(judges[0].predict(large), judges[1].predict(small))
 
 
+def test_larger_pictures_are_averaged_and_smaller_ones_refused(digits: tuple) -> None:
+    images, labels = digits[0][:200], digits[1][:200]
+    judge = Judge().fit(images, labels)
+    larger = images.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert torch.equal(judge.predict(larger), judge.predict(images))
+    with pytest.raises(DataError, match="knows pictures of 8x8 pixels, but got 4x8"):
+        judge.predict(images[:, :, :4])
+
+
 def test_a_set_of_one_class_gives_a_judge_of_one_answer(digits: tuple) -> None:
     judge = Judge().fit(digits[0][:5], torch.full((5,), 7))
     assert judge.predict(digits[2][:3]).tolist() == [7, 7, 7]

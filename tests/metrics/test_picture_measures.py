@@ -85,13 +85,26 @@ class TestPatches:
         network.prepare()
         assert torch.equal(network(images)["picture"][:, 1], alone(images[:, :, 8:])["picture"])
 
-    def test_labels_are_left_out_and_misuse_is_refused(self) -> None:
-        suite = EvaluationSuite(["fd_pixels", "label_agreement"], [Pixels(2)])
+    def test_the_judge_of_labels_sees_whole_samples_at_the_size_of_the_data(self) -> None:
+        suite = EvaluationSuite(
+            ["label_agreement", "judge_accuracy", "samples_to_real_accuracy"], []
+        )
         suite.compare_patches((4, 4))
-        suite.fit_reference(noise(20, 1, 4, 4), torch.zeros(20).long(), None, None, "digest")
-        suite.update(noise(20, 1, 8, 8), torch.zeros(20).long())
-        with pytest.warns(UserWarning, match="judge of labels knows pictures of the data's size"):
-            assert [value.name for value in suite.compute()] == ["fd_pixels"]
+        labels = torch.arange(20) % 2
+        # class 1 is bright on the left, class 0 on the right: patches alone would tell nothing
+        images = torch.zeros(20, 1, 4, 4, dtype=torch.uint8)
+        images[labels == 1, ..., :2] = 200
+        images[labels == 0, ..., 2:] = 200
+        suite.fit_reference(images, labels, images, labels, "digest")
+        large = images.repeat_interleave(2, -1).repeat_interleave(2, -2)
+        wrong = labels.clone()
+        wrong[:5] = 1 - wrong[:5]
+        suite.update(large, wrong)
+        with pytest.warns(UserWarning, match="samples_to_real_accuracy, as samples are larger"):
+            found = {value.name: value.value for value in suite.compute()}
+        assert found == {"label_agreement": 0.75, "judge_accuracy": 1.0}
+
+    def test_misuse_of_patches_is_refused(self) -> None:
         with pytest.raises(DataError, match="patches of 4x4 pixels, but got pictures of 3x8"):
             PatchFeatures(Pixels(), 4)(noise(1, 3, 3, 8))
         with pytest.raises(ConfigError, match="reads clips or patches"):
