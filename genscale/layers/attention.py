@@ -19,7 +19,7 @@ def attend(
 ) -> Tensor:
     """Return softmax(scale q k^T) v.
 
-    torch's backward pass in bfloat16 on CPUs is up to four times as slow as in float32 where there
+    torch's backward pass in bfloat16 on CPUs is several times as slow as in float32 where there
     are few tokens (``scripts/bench_attention.py``). There, float32 is used and the result rounded.
 
     Args:
