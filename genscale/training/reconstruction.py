@@ -75,15 +75,19 @@ class ReconstructionRecipe(TrainableRecipe):
 
     def check(self) -> list[str]:
         """Return a sentence for what the feature network lacks."""
-        network = self.perceptual
-        if network is None:
-            return []
-        if not network.gives_maps:
-            return [
-                f"objective.perceptual={network.description} gives no maps with gradients to learn "
-                "from. Give genscale.metrics.efficientnet.EfficientNetLite0, or leave it out."
-            ]
-        return network.check()
+        return lacking(self.perceptual)
+
+
+def lacking(perceptual: FeatureNetwork | None) -> list[str]:
+    """Return a sentence for everything that a network lacks whose maps are to be learned from."""
+    if perceptual is None:
+        return []
+    if not perceptual.gives_maps:
+        return [
+            f"objective.perceptual={perceptual.description} gives no maps with gradients to learn "
+            "from. Give genscale.metrics.efficientnet.EfficientNetLite0, or leave it out."
+        ]
+    return perceptual.check()
 
 
 class ReconstructionLoss(nn.Module):

@@ -107,7 +107,7 @@ class TestRun:
         assert facts.scales == (2, 4)
         images = from_uint8(Digits("heldout", 8).images(range(3)))
         made = enlarged(training, images, 2)
-        assert list(made) == ["", "bicubic", "bicubic_latent", "autoencoder"]
+        assert list(made) == ["", "bicubic", "bicubic_decoded", "bicubic_latent", "autoencoder"]
         assert torch.equal(made[""], enlarge_first(training, training.model, images))
         squares = shown_small(training, images, 4)
         assert torch.equal(squares[..., :4, :4], squares[..., :1, :1].expand(-1, -1, 4, 4))
@@ -123,7 +123,7 @@ class TestRun:
         assert answer.status == 0, answer.err
         record = json.loads((tmp_path / "metrics.json").read_text())
         found = {row["name"]: row for row in record["metrics"]}
-        others = ("", "_bicubic", "_bicubic_latent", "_autoencoder")
+        others = ("", "_bicubic", "_bicubic_decoded", "_bicubic_latent", "_autoencoder")
         assert set(found) == {
             f"{score}_y_x{scale}{other}"
             for score in ("psnr", "ssim")

