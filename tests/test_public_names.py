@@ -56,7 +56,7 @@ THROUGH = {
     ),
     "CausalVideo": (
         *("Attend", "Continued", "VideoAttention", "TextAttention", "project_text"),
-        *("CausalVideoHead", "FrameTime", "whole_rotation"),
+        *("CausalVideoHead", "FrameTime"),
     ),
     "commit_frames": ("bank_frames",),
     "D2D": ("Asked", "Detections"),

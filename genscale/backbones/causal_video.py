@@ -34,7 +34,6 @@ from genscale.backbones.causal_video_block import (
     Whole,
     doubled,
     project_text,
-    whole_rotation,
 )
 from genscale.backbones.causal_video_settings import check_clips, check_settings
 from genscale.backbones.shapes import class_rows
@@ -43,7 +42,7 @@ from genscale.conditioning.text import masked_mean
 from genscale.layers.block_mask import BlockCausalMask
 from genscale.layers.embed import PositionResize, grid_places
 from genscale.layers.norm import WeightedRMSNorm
-from genscale.layers.rope3d import grid_rotation
+from genscale.layers.rope3d import VideoRoPE
 from genscale.layers.scale_cache import cache_dtype
 from genscale.layers.semantic_bank import look_up
 from genscale.layers.video_cache import (
@@ -149,6 +148,7 @@ class CausalVideo(Backbone):
         self.trained_frames, self.grid = frames, (height // patch_size, width // patch_size)
         self.num_classes, self.patch_size, self.num_heads = num_classes, patch_size, num_heads
         self.head_size, self.block_size = hidden_size // num_heads, block_size
+        self.rope = VideoRoPE(self.head_size)
         self.text_shape, self.attend_padding = (num_text_tokens, text_size), attend_padding
         self.independent_first_frame = independent_first_frame
         self.window, self.sink, self.positions = window, sink, positions
@@ -345,7 +345,8 @@ class CausalVideo(Backbone):
             sink=self.sink if self.window else 0,
             independent_first_frame=self.independent_first_frame,
         )
-        rotation = whole_rotation(frames, self._sides(grid, like.device), self.head_size)
+        numbers = torch.arange(frames, device=like.device)
+        rotation = self.rope.grid_rotation(numbers, *self._sides(grid, like.device))
         flex = self.attention == "flex" and like.is_cuda
         return Whole(mask, doubled(rotation) if teacher else rotation, flex)
 
@@ -382,8 +383,8 @@ class CausalVideo(Backbone):
             numbers = list(range(ahead, ahead + len(numbers)))
         when = torch.tensor(numbers, device="cpu").to(x.device, non_blocking=True)
         sides = self._sides(grid, x.device)
-        rotation = grid_rotation(when, grid, self.head_size, sides=sides)
-        return Continued(mask, cache, sides, rotation, chosen, places, topic)
+        rotation = self.rope.grid_rotation(when, *sides)
+        return Continued(mask, cache, self.rope, sides, rotation, chosen, places, topic)
 
     def _sides(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the places of the rows and of the columns of a frame's tokens."""

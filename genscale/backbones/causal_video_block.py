@@ -14,12 +14,11 @@ from genscale.layers.block_mask import BlockCausalMask, join_runs, masked_attent
 from genscale.layers.mlp import MLP
 from genscale.layers.norm import WeightedRMSNorm, upcast
 from genscale.layers.rope import rotate
-from genscale.layers.rope3d import grid_rotation, video_rotation
+from genscale.layers.rope3d import Rotation, VideoRoPE
 from genscale.layers.semantic_bank import attention_mass, read_chunks
 from genscale.layers.video_cache import Cache, write, write_salience
 
 KeysValues = tuple[Tensor, Tensor]
-Rotation = tuple[Tensor, Tensor]
 
 
 class Attend(Protocol):
@@ -56,6 +55,7 @@ class Continued:
     Attributes:
         mask: which new frame attends to which, those of the cache included.
         cache: claimed for the new frames.
+        rope: turns what is read from the bank.
         sides: places of the rows ``(h,)`` and columns ``(w,)`` of the tokens of a frame.
         rotation: of every token held and new.
         chosen: ``(B, l)`` chunks that are read from the bank; None without a bank.
@@ -65,6 +65,7 @@ class Continued:
 
     mask: BlockCausalMask
     cache: Cache
+    rope: VideoRoPE
     sides: tuple[Tensor, Tensor]
     rotation: Rotation
     chosen: Tensor | None = None
@@ -92,11 +93,10 @@ class Continued:
         there, cells = cells.flatten(1) >= 0, cells.clamp(min=0)
         rows, columns = self.sides
         assert self.chunk_places is not None
-        cosine, sine = video_rotation(
+        cosine, sine = self.rope.rotation(
             self.chunk_places[:, :, None] + cells // (len(rows) * len(columns)),
             rows[cells // len(columns) % len(rows)],
             columns[cells % len(columns)],
-            q.shape[-1],
         )
         old_k = rotate(old_k, cosine.flatten(1, 2)[:, None], sine.flatten(1, 2)[:, None])
         parts = []
@@ -317,12 +317,6 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def heads(x: Tensor, count: int) -> Tensor:
     """Return ``(B, h, n, d)`` for ``(B, n, D)``."""
     return x.unflatten(-1, (count, -1)).transpose(1, 2)
-
-
-def whole_rotation(frames: int, sides: tuple[Tensor, Tensor], head_size: int) -> Rotation:
-    """Return the rotation of frames 0, 1, ... whose rows and columns have given places."""
-    grid = (len(sides[0]), len(sides[1]))
-    return grid_rotation(torch.arange(frames, device=sides[0].device), grid, head_size, sides=sides)
 
 
 def doubled(rotation: Rotation) -> Rotation:

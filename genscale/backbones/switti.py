@@ -41,7 +41,7 @@ from genscale.errors import ConfigError
 from genscale.layers.mlp import MLP
 from genscale.layers.norm import WeightedRMSNorm, no_autocast, upcast
 from genscale.layers.scale_cache import cache_dtype, claim, empty_cache
-from genscale.layers.scale_rope import scale_rotation
+from genscale.layers.scale_rope import ScaleRoPE
 
 CROP_BASE = 512  # the short side to which pictures were resized before they were cropped
 
@@ -111,6 +111,11 @@ class Switti(ScaleTransformer):
         self.gradient_checkpointing = checkpoint_blocks  # diffusers' name for the switch
         self.pooled = nn.Linear(pooled_text_size, hidden_size)
         self.embed = ScaleEmbedding(self.scales, latent_channels, hidden_size, positions=not rope)
+        self.rotary = (
+            ScaleRoPE(hidden_size // num_heads, theta=rope_theta, extent=rope_extent)
+            if rope
+            else None
+        )
         self.crop_frequencies: Tensor | None
         frequencies = torch.empty(hidden_size // 8) if crop_condition else None
         self.register_buffer("crop_frequencies", frequencies)
@@ -271,14 +276,10 @@ class Switti(ScaleTransformer):
         return torch.cat((waves.sin(), waves.cos()), dim=-1).flatten(1)
 
     def _rotation(self, scales: range, device: torch.device) -> Rotation | None:
-        if not self.config["rope"]:
+        if self.rotary is None:
             return None
-        return scale_rotation(
-            self.scales[scales.start : scales.stop],
-            self.hidden_size // self.num_heads,
-            theta=self.config["rope_theta"],
-            extent=self.config["rope_extent"],
-            device=device,
+        return self.rotary.rotation(
+            self.scales[scales.start : scales.stop], device, first=scales.start
         )
 
     def example_condition(self, device: torch.device | str) -> Conditioning:

@@ -44,7 +44,7 @@ def block_spans(frames: int, block_size: int, *, short_first: bool = False) -> t
         least = frames - (frames - first) % block_size
         raise ValueError(
             f"Frames must be {kind}, blocks of {block_size}, but {frames} were given. "
-            f"Give {least if least > 0 else first + block_size} or {least + block_size}."
+            f"Give {f'{least} or ' if least > 0 else ''}{least + block_size}."
         )
     edges = [*([0] if first else []), *range(first, frames + 1, block_size)]
     return tuple(pairwise(edges))

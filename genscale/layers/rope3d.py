@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Rotation = tuple[Tensor, Tensor]
 
 
 def axis_pairs(head_size: int) -> tuple[int, int, int]:
@@ -15,56 +17,56 @@ def axis_pairs(head_size: int) -> tuple[int, int, int]:
     return head_size // 2 - 2 * third, third, third
 
 
-def video_rotation(
-    frames: Tensor, rows: Tensor, columns: Tensor, head_size: int, *, theta: float = 10000.0
-) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines for tokens at given places; any number is a place.
+class VideoRoPE(nn.Module):
+    """Turns tokens by their frame, row and column; nothing is learned.
 
     Pair j of the n pairs of an axis turns by place theta^(-j / n). Turn with
     :func:`genscale.layers.rope.rotate`.
 
     Args:
-        frames: places along time, of any shape.
-        rows: places along the height, broadcastable to ``frames``.
-        columns: places along the width, likewise.
         head_size: channels d of one head.
         theta: base of the frequencies.
-
-    Returns:
-        ``(..., d / 2)`` float32 each, shaped as the places broadcast together.
     """
-    # angles of a thousand frames leave float32 few digits behind the point
-    dtype = torch.float32 if frames.device.type == "mps" else torch.float64
-    places = torch.broadcast_tensors(frames, rows, columns)
-    angles = []
-    for place, count in zip(places, axis_pairs(head_size), strict=True):
-        exponents = torch.arange(count, dtype=dtype, device=frames.device) / count
-        angles.append(place.to(dtype)[..., None] * theta**-exponents)
-    joined = torch.cat(angles, dim=-1)
-    return joined.cos().float(), joined.sin().float()
 
+    def __init__(self, head_size: int, *, theta: float = 10000.0) -> None:
+        super().__init__()
+        self.head_size, self.theta = head_size, theta
 
-def grid_rotation(
-    frames: Tensor,
-    grid: tuple[int, int],
-    head_size: int,
-    *,
-    theta: float = 10000.0,
-    sides: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines ``(F h w, d / 2)`` of whole frames, frame by frame, row by row.
+    def frequencies(self, axis: int, device: torch.device) -> Tensor:
+        """Return by how much the pairs of an axis (frames, rows, columns) turn a place: ``(n,)``.
 
-    Args:
-        frames: ``(F,)`` places along time.
-        grid: rows h and columns w of the tokens of a frame.
-        head_size: channels d of one head.
-        theta: base of the frequencies.
-        sides: places of the rows ``(h,)`` and of the columns ``(w,)``; default 0, 1, ...
-    """
-    rows, columns = (
-        (torch.arange(n, device=frames.device) for n in grid) if sides is None else sides
-    )
-    cosine, sine = video_rotation(
-        frames[:, None, None], rows[:, None], columns, head_size, theta=theta
-    )
-    return cosine.flatten(0, 2), sine.flatten(0, 2)
+        They are float64, as angles of a thousand frames leave float32 few digits behind the point,
+        or float32 on devices that know no float64.
+        """
+        count = axis_pairs(self.head_size)[axis]
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return self.theta ** -(torch.arange(count, dtype=dtype, device=device) / count)
+
+    def rotation(self, frames: Tensor, rows: Tensor, columns: Tensor) -> Rotation:
+        """Return cosines and sines for tokens at given places; any number is a place.
+
+        Args:
+            frames: places along time, of any shape.
+            rows: places along the height, broadcastable to ``frames``.
+            columns: places along the width, likewise.
+
+        Returns:
+            ``(..., d / 2)`` float32 each, shaped as the places broadcast together.
+        """
+        angles = []
+        for axis, place in enumerate(torch.broadcast_tensors(frames, rows, columns)):
+            frequencies = self.frequencies(axis, frames.device)
+            angles.append(place.to(frequencies.dtype)[..., None] * frequencies)
+        joined = torch.cat(angles, dim=-1)
+        return joined.cos().float(), joined.sin().float()
+
+    def grid_rotation(self, frames: Tensor, rows: Tensor, columns: Tensor) -> Rotation:
+        """Return cosines and sines ``(F h w, d / 2)`` of whole frames, frame by frame, row by row.
+
+        Args:
+            frames: ``(F,)`` places along time.
+            rows: ``(h,)`` places of the rows.
+            columns: ``(w,)`` places of the columns.
+        """
+        cosine, sine = self.rotation(frames[:, None, None], rows[:, None], columns)
+        return cosine.flatten(0, 2), sine.flatten(0, 2)

@@ -16,6 +16,8 @@ from genscale.backbones.switti_block import NormedScaleAttention
 from genscale.layers.attention import SelfAttention
 from genscale.layers.cross_attention import CrossAttention
 from genscale.layers.rope import AxialRoPE
+from genscale.layers.rope3d import VideoRoPE
+from genscale.layers.scale_rope import ScaleRoPE
 from genscale.resolution.base import Sides
 
 if TYPE_CHECKING:
@@ -74,7 +76,8 @@ def traits(model: nn.Module) -> Traits:
     return Traits(
         entropy=bool(plain) or bool(foreign) or by_scale or reads,
         rotary=any(
-            isinstance(m, AxialRoPE) or (hasattr(m, "axes_dim") and hasattr(m, "theta"))
+            isinstance(m, AxialRoPE | VideoRoPE | ScaleRoPE)
+            or (hasattr(m, "axes_dim") and hasattr(m, "theta"))
             for m in modules
         ),
         unet=unet,

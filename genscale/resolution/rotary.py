@@ -10,9 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genscale.backbones.base import ScaleBackbone
+from genscale.backbones.causal_video import CausalVideo
 from genscale.errors import ConfigError, did_you_mean
 from genscale.layers.norm import upcast
 from genscale.layers.rope import AxialRoPE
+from genscale.layers.rope3d import VideoRoPE, axis_pairs
+from genscale.layers.scale_rope import ScaleRoPE
+from genscale.layers.scales import Scales
 from genscale.resolution.base import Patches, ResolutionOp, Sides, linear_factor
 
 RotaryVariant = Literal["unscaled", "pi", "ntk", "ntk_exact", "ntk_clip", "yarn", "time_aware"]
@@ -147,13 +152,15 @@ def stretched_log_frequencies(log_frequencies: Tensor, scale: float) -> Tensor:
 
 
 class RotaryScaling(ResolutionOp):
-    """Scale rotary frequencies of diffusers' tables by axis, and the learned ones of backbones.
+    """Scale rotary frequencies of diffusers' tables by axis, and those of backbones.
 
     It reaches modules that map ids ``(N, axes)`` to cosines and sines with ``axes_dim`` and
-    ``theta`` (FLUX and its kind), and :class:`~genscale.layers.rope.AxialRoPE`, whose places
-    are in units of the picture: there ``pi`` changes nothing, ``unscaled`` keeps the angle a
-    cell and every kind of NTK is :func:`stretched_log_frequencies`. Tables are computed anew at
-    every call, so no cache can be stale.
+    ``theta`` (FLUX and its kind), and the rows and columns of a
+    :class:`~genscale.layers.rope3d.VideoRoPE`. Places of :class:`~genscale.layers.rope.AxialRoPE`
+    and :class:`~genscale.layers.scale_rope.ScaleRoPE` are in units of the picture, or of a scale:
+    there ``pi`` changes nothing, ``unscaled`` keeps the angle a cell and every kind of NTK is
+    :func:`stretched_log_frequencies`. Tables are computed anew at every call, so no cache can be
+    stale.
 
     Args:
         variant: see :func:`axis_frequencies`.
@@ -184,6 +191,12 @@ class RotaryScaling(ResolutionOp):
         for module in model.modules():
             if isinstance(module, AxialRoPE):
                 self._patches.method(module, "rotation", self._learned(module, scale))
+            elif isinstance(module, VideoRoPE) and isinstance(model, CausalVideo):
+                frequencies = self._of_video(module.frequencies, model, scale)
+                self._patches.method(module, "frequencies", frequencies)
+            elif isinstance(module, ScaleRoPE) and isinstance(model, ScaleBackbone):
+                angles = self._of_scales(module.cell_angles, model.scales)
+                self._patches.method(module, "cell_angles", angles)
             elif hasattr(module, "axes_dim") and hasattr(module, "theta"):
                 self._patches.hook(module.register_forward_hook(self._table(scale)))
         if not len(self._patches):
@@ -241,15 +254,51 @@ class RotaryScaling(ResolutionOp):
 
     def _learned(self, rope: AxialRoPE, scale: float) -> Callable[..., tuple[Tensor, Tensor]]:
         def rotation(positions: Tensor, num_prefix_tokens: int = 0) -> tuple[Tensor, Tensor]:
-            kind, axes = self._kind(), []
+            axes = []
             for place, learned in ((0, rope.freqs_h), (1, rope.freqs_w)):
-                logs = upcast(learned)
-                if kind == "unscaled":
-                    logs = logs + math.log(scale)
-                elif kind != "pi":
-                    logs = stretched_log_frequencies(logs, scale)
+                logs = self._in_picture(upcast(learned), scale)
                 axes.append(positions[:, place, None] * logs.exp()[:, None])
             angles = F.pad(torch.cat(axes, dim=-1), (0, 0, num_prefix_tokens, 0))
             return angles.cos(), angles.sin()
 
         return rotation
+
+    def _in_picture(self, log_frequencies: Tensor, scale: float) -> Tensor:
+        """Return log-frequencies in units of the picture, for s times as many cells a side."""
+        kind = self._kind()
+        if kind == "pi":
+            return log_frequencies
+        if kind == "unscaled":
+            return log_frequencies + math.log(scale)
+        return stretched_log_frequencies(log_frequencies, scale)
+
+    def _of_video(
+        self, plain: Callable[[int, torch.device], Tensor], model: CausalVideo, scale: float
+    ) -> Callable[[int, torch.device], Tensor]:
+        def frequencies(axis: int, device: torch.device) -> Tensor:
+            if axis == 0:  # a video is no longer than before
+                return plain(axis, device)
+            found = axis_frequencies(
+                2 * axis_pairs(model.head_size)[axis],
+                scale=scale,
+                variant=self._kind(),
+                theta=model.rope.theta,
+                ntk=self.ntk,
+                trained_cells=model.grid[axis - 1],
+                device=device,
+            )
+            # places that are interpolated already lie s times as close
+            return found * scale if model.position_resize == "interpolate" else found
+
+        return frequencies
+
+    def _of_scales(
+        self, plain: Callable[[int, int, int, torch.device], Tensor], trained: Scales
+    ) -> Callable[[int, int, int, torch.device], Tensor]:
+        def cell_angles(scale: int, axis: int, count: int, device: torch.device) -> Tensor:
+            before = trained[min(scale, len(trained) - 1)][axis]
+            finer = (count - 1) / (before - 1) if min(count, before) > 1 else 1.0
+            logs = plain(scale, axis, count, device).log()
+            return self._in_picture(logs[None], finer)[0].exp()
+
+        return cell_angles

@@ -18,7 +18,6 @@ from genscale.conditioning.base import Conditioning
 from genscale.io.converters.causal_wan import config_from_official, from_official, to_official
 from genscale.layers.block_mask import BlockCausalMask, block_spans
 from genscale.layers.rope import rotate
-from genscale.layers.rope3d import grid_rotation
 from genscale.layers.video_cache import (
     VIDEO_CACHE,
     Cache,
@@ -127,7 +126,9 @@ def _contents(model: CausalVideo, cache: Cache, slots: int) -> dict[str, Tensor]
     ``slots`` tokens those that were never written are zero.
     """
     numbers = frame_numbers(cache)
-    rotation = grid_rotation(torch.tensor(numbers), model.grid, model.head_size)
+    rotation = model.rope.grid_rotation(
+        torch.tensor(numbers), *(torch.arange(side) for side in model.grid)
+    )
     frames = len(numbers)
     keys, values = (cache[name][0][:, :, :frames].flatten(2, 3) for name in ("keys", "values"))
     tokens = model.grid[0] * model.grid[1]

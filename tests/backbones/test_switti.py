@@ -22,7 +22,7 @@ from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
 from genscale.guidance.scale_wise import ScaleGuidance
 from genscale.layers.mlp import MLP
-from genscale.layers.scale_rope import scale_rotation
+from genscale.layers.scale_rope import ScaleRoPE
 from genscale.objectives.memory import cat_tensors, take_rows
 from genscale.objectives.scale_view import ScaleView
 
@@ -356,7 +356,7 @@ def test_attention_is_softmax_over_one_scale_of_normalised_turned_queries_and_ke
     torch.manual_seed(0)
     layer = NormedScaleAttention(16, 2, prefix=False)
     x, scales = torch.randn(2, 10, 16), ((2, 2), (2, 3))
-    rotation = scale_rotation(scales, 8)
+    rotation = ScaleRoPE(8).rotation(scales, torch.device("cpu"))
     q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in normed(layer.qkv(x)))
     turns = torch.polar(torch.ones(10, 4), torch.atan2(rotation[1], rotation[0]))
     q, k = (
@@ -387,7 +387,7 @@ def test_a_block_is_its_equations() -> None:
     _, cond = inputs(model)
     assert cond.text is not None
     x, vector, crop = torch.randn(3, 4, 16), torch.randn(3, 16), torch.randn(3, 16)
-    spans, rotation = [(0, 4)], scale_rotation(((2, 2),), 8)
+    spans, rotation = [(0, 4)], ScaleRoPE(8).rotation(((2, 2),), torch.device("cpu"))
     condition = Condition(vector, crop, cond.text, cond.text_mask)
     c = block.modulation(F.silu(vector + block.crop_scale * crop))[:, None]
     gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = c.chunk(6, dim=-1)

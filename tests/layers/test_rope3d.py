@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from genscale.layers.rope import rotate
-from genscale.layers.rope3d import axis_pairs, grid_rotation, video_rotation
+from genscale.layers.rope3d import VideoRoPE, axis_pairs
+
+ORIGIN = torch.zeros(1)
 
 
 def test_frames_get_what_thirds_leave() -> None:
@@ -15,7 +17,9 @@ def test_frames_get_what_thirds_leave() -> None:
 
 
 def test_every_axis_turns_its_own_pairs() -> None:
-    cosine, sine = grid_rotation(torch.tensor([0, 5]), (2, 3), 12)
+    cosine, sine = VideoRoPE(12).grid_rotation(
+        torch.tensor([0, 5]), torch.arange(2), torch.arange(3)
+    )
     assert cosine.shape == sine.shape == (12, 6)
     angles = torch.atan2(sine, cosine)
     # frame 5, row 1, column 2; the second pair of an axis turns by 10000^(-1/2) as much
@@ -29,7 +33,7 @@ def test_scores_depend_on_distances_alone() -> None:
 
     def score(frame: int, other: int) -> torch.Tensor:
         places = torch.tensor([frame]), torch.tensor([other])
-        rotations = [grid_rotation(place, (1, 1), 24) for place in places]
+        rotations = [VideoRoPE(24).grid_rotation(place, ORIGIN, ORIGIN) for place in places]
         return (rotate(q, *rotations[0]) * rotate(k, *rotations[1])).sum()
 
     torch.testing.assert_close(score(7, 3), score(1004, 1000), rtol=1e-4, atol=1e-4)
@@ -37,7 +41,7 @@ def test_scores_depend_on_distances_alone() -> None:
 
 def test_any_place_can_be_asked_for() -> None:
     frames, rows, columns = torch.tensor([[3, 0], [5, 1]]), torch.tensor([1, 0]), torch.tensor([2])
-    cosine, _ = video_rotation(frames, rows, columns, 12)
+    cosine, _ = VideoRoPE(12).rotation(frames, rows, columns)
     assert cosine.shape == (2, 2, 6)
-    grid = grid_rotation(torch.tensor([3]), (2, 3), 12)[0]
+    grid = VideoRoPE(12).grid_rotation(torch.tensor([3]), torch.arange(2), torch.arange(3))[0]
     torch.testing.assert_close(cosine[0, 0], grid[5])  # row 1, column 2

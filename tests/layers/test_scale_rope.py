@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from genscale.layers.rope import rotate
-from genscale.layers.scale_rope import scale_rotation
+from genscale.layers.scale_rope import ScaleRoPE
 
 
 def angles(
     scales: tuple[tuple[int, int], ...], head_size: int = 8, **options: float
 ) -> torch.Tensor:
-    cosine, sine = scale_rotation(scales, head_size, **options)
+    cosine, sine = ScaleRoPE(head_size, **options).rotation(scales, torch.device("cpu"))
     return torch.atan2(sine.double(), cosine.double())
 
 
@@ -38,7 +38,7 @@ def test_base_and_extent_are_settings() -> None:
 def test_scores_depend_on_distances_alone() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(8), torch.randn(8)
-    cosine, sine = scale_rotation(((1, 6),), 8)
+    cosine, sine = ScaleRoPE(8).rotation(((1, 6),), torch.device("cpu"))
     rows = [rotate(x.expand(1, 1, 6, 8), cosine, sine)[0, 0] for x in (q, k)]
     scores = rows[0] @ rows[1].T
     for distance in range(-5, 6):

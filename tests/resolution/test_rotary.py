@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
+from genscale.backbones.causal_video import CausalVideo
+from genscale.backbones.switti import Switti
 from genscale.errors import ConfigError
 from genscale.layers.rope import AxialRoPE, axial_positions
+from genscale.layers.rope3d import VideoRoPE
+from genscale.layers.scale_rope import ScaleRoPE
 from genscale.resolution import RotaryScaling, apply_resolution
 from genscale.resolution.rotary import (
     axis_angles,
@@ -139,6 +144,47 @@ def test_learned_frequencies_keep_the_angle_of_a_cell_where_they_are_fast() -> N
         with apply_resolution(model, [RotaryScaling()], native=(2, 2), target=(4, 4)):
             assert not torch.allclose(rope.rotation(places)[0], plain[0][:, 1:])
         assert torch.equal(rope.rotation(places, 1)[0], plain[0])
+
+
+def test_rows_and_columns_of_a_video_are_scaled_and_its_time_is_not() -> None:
+    video: dict[str, Any] = {"input_size": (3, 4, 4), "hidden_size": 48, "depth": 1, "num_heads": 2}
+    model = CausalVideo(**video, mlp_size=48, patch_size=1)
+    rope, cpu = model.rope, torch.device("cpu")
+    assert isinstance(rope, VideoRoPE)
+    plain = [rope.frequencies(axis, cpu) for axis in range(3)]
+    for variant in ("pi", "ntk", "yarn"):
+        with apply_resolution(model, [RotaryScaling(variant)], target=(8, 8)):
+            frames, *sides = (rope.frequencies(axis, cpu) for axis in range(3))
+        assert torch.equal(frames, plain[0])
+        expected = axis_frequencies(8, scale=2.0, variant=variant, trained_cells=4)
+        assert torch.equal(sides[0], expected)
+        assert torch.equal(sides[1], expected)
+    assert torch.equal(rope.frequencies(1, cpu), plain[1])
+    # places that are interpolated already are as close as pi would bring them
+    model = CausalVideo(**video, mlp_size=48, patch_size=1, position_resize="interpolate")
+    with apply_resolution(model, [RotaryScaling("pi")], target=(8, 8)):
+        torch.testing.assert_close(model.rope.frequencies(2, cpu), plain[2])
+
+
+def test_scales_keep_the_angle_of_a_cell_where_it_is_fast() -> None:
+    model = Switti(scales=[1, 2, 4], hidden_size=32, depth=1, num_heads=2)
+    rope, cpu = model.rotary, torch.device("cpu")
+    assert isinstance(rope, ScaleRoPE)
+    trained, finer = (rope.cell_angles(2, 0, count, cpu) for count in (4, 7))
+    torch.testing.assert_close(finer, trained / 2)  # a scale spans as much as ever: pi
+    for variant, expected in (("pi", finer), ("unscaled", trained)):
+        with apply_resolution(model, [RotaryScaling(variant)], native=(4, 4), target=(7, 7)):
+            torch.testing.assert_close(rope.cell_angles(2, 0, 7, cpu), expected)
+    with apply_resolution(model, [RotaryScaling("ntk")], native=(4, 4), target=(7, 7)):
+        between = rope.cell_angles(2, 0, 7, cpu)
+        torch.testing.assert_close(rope.cell_angles(2, 0, 4, cpu), trained)  # as in training
+        copy = model.at_scales([1, 3, 7])
+        assert isinstance(copy, Switti)
+        assert copy.rotary is rope  # what samples at another size turns by it too
+    torch.testing.assert_close(between[0], trained[0])
+    torch.testing.assert_close(between[-1], finer[-1])
+    assert ((between > finer) & (between < trained))[1:-1].all()
+    assert torch.equal(rope.cell_angles(2, 0, 7, cpu), finer)
 
 
 def test_a_model_without_rotary_positions_is_refused() -> None:
