@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from genscale.backbones.base import Backbone
 from genscale.backbones.dimr import DiMR
 from genscale.errors import ConfigError
+from genscale.resolution.pipelines import PipelineCallback, pipeline_callback
 
 Sides = tuple[int, int]
 """Height and width."""
@@ -102,7 +103,11 @@ class apply_resolution:  # a context manager that is called as a function
             y = model(x, t, cond)
 
     The value of the block has the four calls of :class:`ResolutionOp`, those of all operators one
-    after another, for samplers that call them.
+    after another, for samplers that call them. Pipelines of diffusers, which run their own loop,
+    tell operators that follow the step of it by a callback::
+
+        with apply_resolution(pipe, "scalecrafter", native=(128, 128), target=(256, 256)) as scaled:
+            pipe(words, height=2048, width=2048, callback_on_step_end=scaled.pipeline_callback())
 
     Args:
         model_or_pipe: a backbone, a diffusers model, or a pipeline that holds one as
@@ -185,6 +190,10 @@ class apply_resolution:  # a context manager that is called as a function
         for op in self.ops:
             x0 = op.post_x0(x0, x, t, i)
         return x0
+
+    def pipeline_callback(self) -> PipelineCallback:
+        """Return the ``callback_on_step_end`` of one run of a pipeline of diffusers."""
+        return pipeline_callback(self)
 
     def _restore(self) -> None:
         try:

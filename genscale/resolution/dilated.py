@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +21,9 @@ SDXL_LAYERS = (
     "up_blocks.0.upsamplers.0.conv",
 )
 """Convolutions of SDXL's UNet that ScaleCrafter dilates at 2048 x 2048."""
+
+WEAK_LAYERS = ("mid_block.resnets.*.conv[12]",)
+"""Those that stay dilated in the base of noise-damped guidance; which ones is our choice."""
 
 
 def dilated_conv(x: Tensor, conv: nn.Conv2d, dilation: int) -> Tensor:
@@ -164,3 +169,89 @@ class DilatedConvs(ConvReplacement):
         """Dilate, or compute the plain convolution where the dilation is 1."""
         dilation = dilation_at(self.step, self._factor, self.until, progressive=self.progressive)
         return plain(x) if dilation <= 1 else redilated_conv(x, conv, dilation)
+
+
+class NoiseDampedConvs(DilatedConvs):
+    """Dilated convolutions, and guidance whose base is a network with fewer of them (ScaleCrafter).
+
+    Pipelines guide by eps_u + w (eps_c - eps_u) of a batch [unconditional, conditional]. What the
+    network returns is changed so that this becomes :func:`noise_damped`, whatever w is:
+    eps_weak and eps_weak + eps_c - eps_u stand in the halves' places. A step costs half as much
+    again.
+
+    Args:
+        layers: see :class:`DilatedConvs`, as are ``dilation``, ``until`` and ``progressive``.
+        weak_layers: patterns of those that stay dilated in the base.
+        damped_until: step from which guidance is as usual.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str] = SDXL_LAYERS,
+        *,
+        weak_layers: Sequence[str] = WEAK_LAYERS,
+        damped_until: int = 35,
+        dilation: float | None = None,
+        until: int = 35,
+        progressive: bool = True,
+    ) -> None:
+        super().__init__(layers, dilation=dilation, until=until, progressive=progressive)
+        self.weak_layers, self.damped_until = tuple(weak_layers), damped_until
+        self._weak: set[nn.Module] = set()
+        self._in_base = False
+
+    def prepare(self, model: nn.Module, native: Sides, target: Sides, schedule: Any = None) -> None:
+        """See :class:`ConvReplacement`."""
+        super().prepare(model, native, target, schedule)
+        self._weak = set(matching_convs(model, self.weak_layers).values())
+        self._patches.method(model, "forward", self._damped(model.forward))
+
+    def restore(self, model: nn.Module) -> None:
+        """Give network and convolutions their forward back."""
+        super().restore(model)
+        self._weak = set()
+
+    def convolve(self, conv: nn.Conv2d, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Dilate, but in the base only what stays dilated there."""
+        if self._in_base and conv not in self._weak:
+            return plain(x)
+        return super().convolve(conv, plain, x)
+
+    def _damped(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            out = plain(x, *args, **kwargs)
+            if self.step >= self.damped_until:
+                return out
+            if len(x) % 2:
+                raise ConfigError(
+                    "Noise-damped guidance needs a batch of unconditional and conditional halves, "
+                    f"but the network was given {len(x)} samples. Guide (guidance_scale above 1), "
+                    "or use ScaleCrafter with ndcfg_tau=0."
+                )
+            self._in_base = True
+            try:
+                half = plain(*_first_half((x, *args), len(x)), **_first_half(kwargs, len(x)))
+            finally:
+                self._in_base = False
+            prediction, weak = _prediction(out), _prediction(half)
+            uncond, cond = prediction.chunk(2)
+            damped = torch.cat((weak, noise_damped(weak, cond, uncond, 1.0)))
+            return (damped, *out[1:]) if isinstance(out, tuple) else replace(out, sample=damped)
+
+        return forward
+
+
+def _first_half(value: Any, batch: int) -> Any:
+    """Return the first half of every tensor of ``batch`` rows within a call's arguments."""
+    if isinstance(value, Tensor):
+        return value[: batch // 2] if value.dim() and len(value) == batch else value
+    if isinstance(value, Mapping):
+        return {name: _first_half(part, batch) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_first_half(part, batch) for part in value)
+    return value
+
+
+def _prediction(out: Any) -> Tensor:
+    found: Tensor = out[0] if isinstance(out, tuple) else out.sample
+    return found

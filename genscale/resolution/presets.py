@@ -20,7 +20,12 @@ from genscale.errors import ConfigError, did_you_mean
 from genscale.objectives.base import Family
 from genscale.resolution.applicability import refusal, traits
 from genscale.resolution.base import ResolutionOp, Sides
-from genscale.resolution.dilated import SDXL_LAYERS, DilatedConvs
+from genscale.resolution.dilated import (
+    SDXL_LAYERS,
+    WEAK_LAYERS,
+    DilatedConvs,
+    NoiseDampedConvs,
+)
 from genscale.resolution.entropy import EntropyAttention
 from genscale.resolution.fourier import FourierConvs
 from genscale.resolution.rotary import WATERSHED, RotaryScaling, RotaryVariant
@@ -246,14 +251,16 @@ class MultiDiffusion(Preset):
 class ScaleCrafter(Preset):
     """Convolutions of a UNet that see as far as in training (arXiv:2310.07702).
 
-    Its noise-damped guidance takes a less dilated network for the unconditional base:
-    :func:`~genscale.resolution.dilated.noise_damped`.
+    At 4096 x 4096 the paper has ``progressive``, ``dilate_tau`` and ``ndcfg_tau`` of 35.
 
     Args:
         layers: shell patterns of convolutions' names; null: those of SDXL.
         dilate_tau: step from which nothing is dilated.
         progressive: dilate less from step to step, as for 4 times the trained side.
         dilation: null: the side over the trained side.
+        ndcfg_tau: step up to which guidance is noise-damped; 0: never. See
+            :class:`~genscale.resolution.dilated.NoiseDampedConvs`.
+        weak_layers: patterns of those that stay dilated in its base; null: those in the middle.
     """
 
     name = "scalecrafter"
@@ -267,21 +274,33 @@ class ScaleCrafter(Preset):
         dilate_tau: int = 30,
         progressive: bool = False,
         dilation: float | None = None,
+        ndcfg_tau: int = 0,
+        weak_layers: Sequence[str] | None = None,
     ) -> None:
         check_count("dilate_tau", dilate_tau)
+        check_count("ndcfg_tau", ndcfg_tau or None)
+        if weak_layers is not None and not ndcfg_tau:
+            raise ConfigError(
+                f"resolution.weak_layers={list(weak_layers)} is of noise-damped guidance, but "
+                "ndcfg_tau=0 leaves it out. Give e.g. resolution.ndcfg_tau=35."
+            )
         self.layers = None if layers is None else tuple(layers)
         self.dilate_tau, self.progressive, self.dilation = dilate_tau, progressive, dilation
+        self.ndcfg_tau = ndcfg_tau
+        self.weak_layers = None if weak_layers is None else tuple(weak_layers)
 
     def operators(self, model: nn.Module, native: Sides, target: Sides) -> list[ResolutionOp]:
         """Return the dilated convolutions."""
-        return [
-            DilatedConvs(
-                SDXL_LAYERS if self.layers is None else self.layers,
-                dilation=self.dilation,
-                until=self.dilate_tau,
-                progressive=self.progressive,
-            )
-        ]
+        layers = SDXL_LAYERS if self.layers is None else self.layers
+        settings: dict[str, Any] = {
+            "dilation": self.dilation,
+            "until": self.dilate_tau,
+            "progressive": self.progressive,
+        }
+        if not self.ndcfg_tau:
+            return [DilatedConvs(layers, **settings)]
+        weak = WEAK_LAYERS if self.weak_layers is None else self.weak_layers
+        return [NoiseDampedConvs(layers, weak_layers=weak, damped_until=self.ndcfg_tau, **settings)]
 
 
 class FouriScale(Preset):

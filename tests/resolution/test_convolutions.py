@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from genscale.errors import ConfigError
@@ -12,6 +13,7 @@ from genscale.resolution import apply_resolution
 from genscale.resolution.dilated import (
     ConvReplacement,
     DilatedConvs,
+    NoiseDampedConvs,
     dilated_conv,
     dilation_at,
     matching_convs,
@@ -79,6 +81,59 @@ def test_listed_convolutions_are_dilated_until_a_step_and_come_back() -> None:
         matching_convs(model, ["mid*"])
     with pytest.raises(NotImplementedError, match="convolve"):
         ConvReplacement(["1"]).convolve(model[1], model[1].forward, x)
+
+
+class Predicting(nn.Module):
+    """Two convolutions that answer as a UNet of diffusers does, words added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = net()
+
+    def forward(
+        self, x: Tensor, t: Tensor, words: Tensor, *, more: dict[str, Tensor], return_dict: bool
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        y = self.convs(x) + (words + more["text"])[:, :, None, None] * t
+        return UNet2DConditionOutput(sample=y) if return_dict else (y,)
+
+
+@pytest.mark.parametrize("return_dict", [False, True])
+def test_guidance_can_start_from_a_less_dilated_network(return_dict: bool) -> None:
+    model, x = Predicting(), sample(1, 2, 8, 8)
+    words, more = sample(4, 2), {"text": sample(4, 2, seed=1)}
+    pair = torch.cat((x, x, x, x))  # two unconditional, then two conditional
+
+    def call() -> Tensor:
+        out = model(pair, torch.tensor(2.0), words, more=more, return_dict=return_dict)
+        found: Tensor = out[0] if isinstance(out, tuple) else out.sample
+        return found
+
+    def guided(batch: Tensor, scale: float) -> Tensor:
+        uncond, cond = batch.chunk(2)
+        return uncond + scale * (cond - uncond)
+
+    sizes = {"native": (4, 4), "target": (8, 8)}
+    settings = {"until": 5, "progressive": False}
+    with torch.no_grad():
+        plain = call()
+        with apply_resolution(model, [DilatedConvs(["convs.*"], **settings)], **sizes):
+            dilated_uncond, dilated_cond = call().chunk(2)
+        with apply_resolution(model, [DilatedConvs(["convs.1"], **settings)], **sizes):
+            weak = call()[:2]
+        op = NoiseDampedConvs(["convs.*"], weak_layers=["convs.1"], damped_until=3, **settings)
+        with apply_resolution(model, [op], **sizes) as scaled:
+            for scale in (1.0, 7.5):
+                expected = noise_damped(weak, dilated_cond, dilated_uncond, scale)
+                torch.testing.assert_close(guided(call(), scale), expected)
+            scaled.pre_step(x, 0.5, 3)  # dilated still, but guided as usual
+            torch.testing.assert_close(call(), torch.cat((dilated_uncond, dilated_cond)))
+            scaled.pre_step(x, 0.5, 0)
+            pair = pair[:3]
+            words, more = words[:3], {"text": more["text"][:3]}
+            with pytest.raises(ConfigError, match="unconditional and conditional halves"):
+                call()
+        pair, words, more = torch.cat((x, x, x, x)), sample(4, 2), {"text": sample(4, 2, seed=1)}
+        assert torch.equal(call(), plain)
 
 
 def test_the_mask_passes_the_trained_band_and_damps_the_rest_to_its_value() -> None:
