@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,12 @@ from torch import Tensor, nn
 
 from genscale.errors import ConfigError
 from genscale.resolution.base import Patches, ResolutionOp, Sides, linear_factor
+from genscale.resolution.branches import (
+    check_halves,
+    prediction_of,
+    rows_of,
+    with_prediction,
+)
 
 SDXL_LAYERS = (
     "mid_block.resnets.*.conv[12]",
@@ -222,36 +227,16 @@ class NoiseDampedConvs(DilatedConvs):
             out = plain(x, *args, **kwargs)
             if self.step >= self.damped_until:
                 return out
-            if len(x) % 2:
-                raise ConfigError(
-                    "Noise-damped guidance needs a batch of unconditional and conditional halves, "
-                    f"but the network was given {len(x)} samples. Guide (guidance_scale above 1), "
-                    "or use ScaleCrafter with ndcfg_tau=0."
-                )
+            check_halves(x, "Noise-damped guidance", "use ScaleCrafter with ndcfg_tau=0")
+            first = slice(len(x) // 2)
             self._in_base = True
             try:
-                half = plain(*_first_half((x, *args), len(x)), **_first_half(kwargs, len(x)))
+                half = plain(*rows_of((x, *args), len(x), first), **rows_of(kwargs, len(x), first))
             finally:
                 self._in_base = False
-            prediction, weak = _prediction(out), _prediction(half)
-            uncond, cond = prediction.chunk(2)
+            uncond, cond = prediction_of(out).chunk(2)
+            weak = prediction_of(half)
             damped = torch.cat((weak, noise_damped(weak, cond, uncond, 1.0)))
-            return (damped, *out[1:]) if isinstance(out, tuple) else replace(out, sample=damped)
+            return with_prediction(out, damped)
 
         return forward
-
-
-def _first_half(value: Any, batch: int) -> Any:
-    """Return the first half of every tensor of ``batch`` rows within a call's arguments."""
-    if isinstance(value, Tensor):
-        return value[: batch // 2] if value.dim() and len(value) == batch else value
-    if isinstance(value, Mapping):
-        return {name: _first_half(part, batch) for name, part in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_first_half(part, batch) for part in value)
-    return value
-
-
-def _prediction(out: Any) -> Tensor:
-    found: Tensor = out[0] if isinstance(out, tuple) else out.sample
-    return found

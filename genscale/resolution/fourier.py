@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genscale.resolution.base import Sides, linear_factor
+from genscale.resolution.branches import check_halves, prediction_of, rows_of, with_prediction
 from genscale.resolution.dilated import SDXL_LAYERS, ConvReplacement, dilated_conv
 from genscale.resolution.frequency import low_pass
 
@@ -62,6 +64,8 @@ def filtered(
         value: see there.
         weak: see there.
     """
+    if value == 1.0:
+        return x  # nothing is damped
     height, width = x.shape[-2:]
     padded = F.pad(x, (0, -width % base[1], 0, -height % base[0]))
     rows, columns = padded.shape[-2:]
@@ -153,11 +157,94 @@ class FourierConvs(ConvReplacement):
 
     def convolve(self, conv: nn.Conv2d, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Filter and dilate, or compute the plain convolution where the dilation is 1."""
-        dilation = fourier_dilation_at(self.step, self._factor, self.start, self.stop)
+        dilation = self.dilation_now()
         if dilation <= 1:
             return plain(x)
         base = (
             max(round(x.shape[-2] * self._ratio[0]), 1),
             max(round(x.shape[-1] * self._ratio[1]), 1),
         )
-        return fourier_conv(x, conv, dilation, base, self.value)
+        return fourier_conv(x, conv, dilation, base, self.value_of(conv))
+
+    def dilation_now(self) -> float:
+        """Return the dilation of the step."""
+        return fourier_dilation_at(self.step, self._factor, self.start, self.stop)
+
+    def value_of(self, conv: nn.Conv2d) -> float:
+        """Return what the filter before a convolution leaves of high frequencies."""
+        return self.value
+
+
+class FouriScaleBranches(FourierConvs):
+    """FouriScale on batches [unconditional, conditional], as pipelines have them.
+
+    The conditional half goes through the network a second time as the weak branch, whose
+    self-attention takes the queries and keys of the strong one, and the weak prediction stands in
+    the conditional half's place. Convolutions behind upsamplings are dilated but not filtered.
+    A step costs half as much again.
+
+    Args:
+        layers: see :class:`FourierConvs`, as are all others.
+        unfiltered: shell patterns of those that are not filtered.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str] = SDXL_LAYERS,
+        *,
+        unfiltered: Sequence[str] = ("*upsamplers*",),
+        dilation: float | None = None,
+        value: float = 0.6,
+        start: int = 20,
+        stop: int = 35,
+    ) -> None:
+        super().__init__(layers, dilation=dilation, value=value, start=start, stop=stop)
+        self.unfiltered = tuple(unfiltered)
+        self._unfiltered: set[nn.Module] = set()
+        self._threefold = False
+
+    def prepare(self, model: nn.Module, native: Sides, target: Sides, schedule: Any = None) -> None:
+        """See :class:`~genscale.resolution.dilated.ConvReplacement`."""
+        super().prepare(model, native, target, schedule)
+        self._unfiltered = {
+            module
+            for name, module in model.named_modules()
+            if any(fnmatch.fnmatch(name, pattern) for pattern in self.unfiltered)
+        }
+        for layer in model.modules():
+            if getattr(layer, "is_cross_attention", None) is False:
+                for part in (layer.get_submodule("to_q"), layer.get_submodule("to_k")):
+                    self._patches.hook(part.register_forward_hook(self._shared))
+        self._patches.method(model, "forward", self._branched(model.forward))
+
+    def restore(self, model: nn.Module) -> None:
+        """Give network, layers and convolutions back what they did."""
+        super().restore(model)
+        self._unfiltered = set()
+
+    def value_of(self, conv: nn.Conv2d) -> float:
+        """Return what the filter before a convolution leaves of high frequencies."""
+        return 1.0 if conv in self._unfiltered else self.value
+
+    def _shared(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        if not self._threefold:
+            return out
+        strong = out[: len(out) // 3 * 2]
+        return torch.cat((strong, strong[len(strong) // 2 :]))
+
+    def _branched(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.dilation_now() <= 1:
+                return plain(x, *args, **kwargs)
+            check_halves(x, "FouriScale", "use resolution=scalecrafter")
+            half = torch.arange(len(x), device=x.device).chunk(2)
+            rows = torch.cat((*half, half[1]))
+            self._threefold = True
+            try:
+                out = plain(*rows_of((x, *args), len(x), rows), **rows_of(kwargs, len(x), rows))
+            finally:
+                self._threefold = False
+            uncond, _, weak = prediction_of(out).chunk(3)
+            return with_prediction(out, torch.cat((uncond, weak)))
+
+        return forward

@@ -27,7 +27,7 @@ from genscale.resolution.dilated import (
     NoiseDampedConvs,
 )
 from genscale.resolution.entropy import EntropyAttention
-from genscale.resolution.fourier import FourierConvs
+from genscale.resolution.fourier import FouriScaleBranches
 from genscale.resolution.rotary import WATERSHED, RotaryScaling, RotaryVariant
 from genscale.resolution.windows import WindowFusion
 from genscale.samplers.base import Sampler, State
@@ -306,8 +306,8 @@ class ScaleCrafter(Preset):
 class FouriScale(Preset):
     """Dilated convolutions behind a low-pass filter, in a UNet (arXiv:2403.12963).
 
-    The batch holds three branches a sample, unconditional, strong and weak; guide with
-    unconditional + w (weak - unconditional).
+    Batches are those of guidance, unconditional and conditional; see
+    :class:`~genscale.resolution.fourier.FouriScaleBranches`.
 
     Args:
         layers: shell patterns of convolutions' names; null: those of SDXL.
@@ -340,7 +340,7 @@ class FouriScale(Preset):
     def operators(self, model: nn.Module, native: Sides, target: Sides) -> list[ResolutionOp]:
         """Return the filtered convolutions."""
         return [
-            FourierConvs(
+            FouriScaleBranches(
                 SDXL_LAYERS if self.layers is None else self.layers,
                 value=self.value,
                 start=self.start_step,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
@@ -22,6 +25,7 @@ from genscale.resolution.dilated import (
 )
 from genscale.resolution.fourier import (
     FourierConvs,
+    FouriScaleBranches,
     filtered,
     fourier_conv,
     fourier_dilation_at,
@@ -172,3 +176,65 @@ def test_fourier_convolutions_follow_the_step_in_a_network() -> None:
         scaled.pre_step(x, 0.5, 3)
         assert torch.equal(model(x), plain)
     assert torch.equal(model(x), plain)
+
+
+class Attending(Predicting):
+    """The same, with self-attention whose keys and queries are seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention(2, heads=1, dim_head=2)
+
+    def forward(self, x: Tensor, *args: Tensor, **kwargs: Any) -> Any:
+        return super().forward(self.attention(x), *args, **kwargs)
+
+
+def test_pairs_become_three_branches_and_pairs_again() -> None:
+    model, x = Attending(), sample(2, 2, 8, 8)
+    pair, words = torch.cat((x, x)), sample(4, 2)
+    more = {"text": torch.zeros(4, 2)}
+    sizes = {"native": (4, 4), "target": (8, 8)}
+
+    def call(rows: list[int], **settings: Any) -> Tensor:
+        given = {"text": more["text"][rows]}
+        out: Tensor = model(
+            pair[rows], torch.tensor(2.0), words[rows], more=given, return_dict=False
+        )[0]
+        return out
+
+    with torch.no_grad():
+        plain = call([0, 1, 2, 3])
+        convs = FourierConvs(["convs.*"], start=1, stop=3)
+        with apply_resolution(model, [convs], **sizes):
+            uncond, _, weak = call([0, 1, 2, 3, 2, 3]).chunk(3)
+        op = FouriScaleBranches(["convs.*"], unfiltered=[], start=1, stop=3)
+        with apply_resolution(model, [op], **sizes) as scaled:
+            # both halves hold the same pictures: queries and keys of the strong branch are its own
+            torch.testing.assert_close(call([0, 1, 2, 3]), torch.cat((uncond, weak)))
+            with pytest.raises(ConfigError, match="FouriScale needs a batch of"):
+                call([0, 1, 2])
+            scaled.pre_step(x, 0.5, 3)
+            assert torch.equal(call([0, 1, 2, 3]), plain)
+        unfiltered = FouriScaleBranches(["convs.*"], unfiltered=["convs.1"], start=1, stop=3)
+        with apply_resolution(model, [unfiltered], **sizes):
+            assert unfiltered.value_of(model.convs[0]) == 0.6
+            assert unfiltered.value_of(model.convs[1]) == 1.0
+            assert not torch.equal(call([0, 1, 2, 3])[:2], uncond)
+        assert torch.equal(call([0, 1, 2, 3]), plain)
+        assert torch.equal(filtered(x, (4, 4), 2.0, 1.0), x)
+
+
+def test_the_weak_branch_attends_with_queries_and_keys_of_the_strong_one() -> None:
+    model, x = Attending(), sample(3, 2, 8, 8)
+    op = FouriScaleBranches(["convs.*"])
+    seen: dict[str, Tensor] = {}
+    parts = {name: getattr(model.attention, name) for name in ("to_q", "to_k", "to_v")}
+    with apply_resolution(model, [op], native=(4, 4), target=(8, 8)):
+        for name, part in parts.items():
+            part.register_forward_hook(lambda *call, name=name: seen.update({name: call[2]}))
+        op._threefold = True
+        model.attention(x)
+    assert len(seen) == 3
+    for name, (uncond, strong, weak) in seen.items():
+        assert torch.equal(strong, weak) is (name != "to_v")
+        assert not torch.equal(strong, uncond)

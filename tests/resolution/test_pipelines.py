@@ -15,11 +15,14 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
+from genscale.errors import ConfigError
 from genscale.resolution import ResolutionOp, apply_resolution
+from genscale.resolution.branches import check_halves, prediction_of, rows_of, with_prediction
 from genscale.resolution.pipelines import noise_share, pipeline_callback
-from genscale.resolution.presets import ScaleCrafter
+from genscale.resolution.presets import FouriScale, ScaleCrafter
 
 
 @pytest.fixture
@@ -96,11 +99,34 @@ def test_convolutions_are_dilated_in_the_first_steps_of_a_pipeline(pipe: Any) ->
         assert torch.equal(untold, results[-1]) is (tau == 4)
     for one, other in zip((plain, *results), results, strict=False):
         assert not torch.allclose(one, other, atol=1e-6)
+    fourier = FouriScale(layers=layers, start_step=1, stop_step=3)
+    ops = fourier.operators(pipe.unet, (8, 8), (16, 16))
+    with apply_resolution(pipe, ops, **sizes) as scaled:
+        filtered = made(pipe, callback_on_step_end=scaled.pipeline_callback())
+    assert not torch.allclose(filtered, plain, atol=1e-6)
     damped = ScaleCrafter(layers=[*layers, "up_blocks.0.resnets.*.conv1"], ndcfg_tau=4)
     ops = damped.operators(pipe.unet, (8, 8), (16, 16))
     with apply_resolution(pipe, ops, **sizes) as scaled:
         made(pipe, callback_on_step_end=scaled.pipeline_callback())
     assert torch.equal(made(pipe), plain)
+
+
+def test_rows_are_taken_of_whatever_a_call_holds() -> None:
+    x, other = torch.arange(4.0), torch.arange(3.0)
+    call = {"words": x, "more": {"sizes": (x, other)}, "t": torch.tensor(5.0), "flag": True}
+    rows = rows_of(call, 4, slice(2))
+    assert torch.equal(rows["words"], x[:2])
+    assert torch.equal(rows["more"]["sizes"][0], x[:2])
+    assert rows["more"]["sizes"][1] is other  # no batch
+    assert (rows["t"], rows["flag"]) == (call["t"], True)
+    for out in ((x, "rest"), UNet2DConditionOutput(sample=x)):
+        assert prediction_of(out) is x
+        changed = with_prediction(out, other)
+        assert type(changed) is type(out)
+        assert prediction_of(changed) is other
+    check_halves(x, "This", "do that")
+    with pytest.raises(ConfigError, match=r"This needs .* 3 samples\. .*, or do that\."):
+        check_halves(other, "This", "do that")
 
 
 def test_noise_is_measured_alike_whatever_the_scheduler() -> None:
