@@ -21,6 +21,7 @@ _PUBLIC = {
     "Projection": "genscale.resolution.flow_guided",
     "FlowAligned": "genscale.resolution.flow_guided",
     "ScaleFusion": "genscale.resolution.scale_fusion",
+    "TextTiles": "genscale.resolution.text_tiles",
     "WindowedAttention": "genscale.resolution.hidiffusion",
     "Preset": "genscale.resolution.presets",
     "preset_named": "genscale.resolution.presets",
@@ -40,6 +41,7 @@ __all__ = [
     "RotaryScaling",
     "ScaleFusion",
     "SkipResidual",
+    "TextTiles",
     "WindowFusion",
     "WindowedAttention",
     "apply_resolution",
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from genscale.resolution.rotary import RotaryScaling
     from genscale.resolution.sampling import sample_scaled
     from genscale.resolution.scale_fusion import ScaleFusion
+    from genscale.resolution.text_tiles import TextTiles
     from genscale.resolution.windows import DilatedSampling, WindowFusion
 
 

@@ -17,6 +17,7 @@ from genscale.resolution.rotary import RotaryScaling
 from genscale.resolution.sampling import Stage, bicubic, size_step
 from genscale.resolution.scale_fusion import ScaleFusion
 from genscale.resolution.swin_patches import SwinPatches
+from genscale.resolution.text_tiles import TextTiles, joins_words
 
 Enlarge = Literal["latent", "pixel"]
 
@@ -122,6 +123,8 @@ class IMax(Cascade):
         shift: how far the time grid of the larger run is moved towards noise; null: by the side
             over the trained side. (The published runs have shift 3 and then 6.)
         swin_patches: move the grid of patches on every second step.
+        text_tiles: repeat words at every tile of the trained size, where a network joins them to
+            the picture's tokens as FLUX does.
         enlarge: see :class:`Cascade`.
     """
 
@@ -135,6 +138,7 @@ class IMax(Cascade):
         ntk: float = 10.0,
         shift: float | None = None,
         swin_patches: bool = True,
+        text_tiles: bool = True,
         enlarge: Enlarge = "latent",
     ) -> None:
         super().__init__(enlarge)
@@ -143,6 +147,7 @@ class IMax(Cascade):
                 f"resolution.shift must be positive, but is {shift}. 1 leaves the times alone."
             )
         self.ntk, self.shift, self.swin_patches = ntk, shift, swin_patches
+        self.text_tiles = text_tiles
 
     def time_shift(self, stage: Stage) -> float:
         """Return the shift of this run."""
@@ -154,6 +159,7 @@ class IMax(Cascade):
         """Return the projection, adapted attention and moved patches."""
         return [
             *adapted_attention(model, self.ntk),
+            *([TextTiles()] if self.text_tiles and joins_words(model) else []),
             *(moved_patches(model, stage.sides) if self.swin_patches else []),
             Projection(stage.guide, stage.left),
         ]

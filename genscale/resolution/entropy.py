@@ -65,11 +65,14 @@ class ResolutionState:
         image_tokens: tokens of the picture in layers that join them with others (a class, words),
             as far as this forward has told; None before, and in networks without such layers.
         fixed_extras: tokens that are no part of the picture, where a network has a fixed number.
+        words: words the network was called with, where it joins them to the picture's tokens:
+            there were as many in training, whatever an operator makes of them afterwards.
     """
 
     shrink: float
     image_tokens: int | None = None
     fixed_extras: int = 0
+    words: int | None = None
 
     def factor(self, tokens: int, extras: int | None = None) -> float:
         """Return lam of a layer with ``tokens`` keys, ``extras`` of them not of the picture."""
@@ -77,7 +80,8 @@ class ResolutionState:
             extras = self.fixed_extras
             if self.image_tokens is not None:
                 extras = max(tokens - self.image_tokens, extras)
-        return entropy_factor(tokens, (tokens - extras) * self.shrink + extras)
+        trained = extras if self.words is None else min(extras, self.words)
+        return entropy_factor(tokens, (tokens - extras) * self.shrink + trained)
 
 
 class EntropyAttention(ResolutionOp):
@@ -117,6 +121,8 @@ class EntropyAttention(ResolutionOp):
             if unit is not None:
                 state.shrink = area / (cells * unit**2)
             state.image_tokens = cells if x.dim() == 3 else None
+            words = None if own else kwargs.get("encoder_hidden_states")
+            state.words = None if words is None else words.shape[1]
 
         self._patches.hook(model.register_forward_pre_hook(begin, with_kwargs=True))
         before = len(self._patches)

@@ -22,6 +22,7 @@ from genscale.backbones.rin import RIN
 from genscale.backbones.switti import Switti
 from genscale.backbones.uvit import UViT
 from genscale.backbones.var import VAR
+from genscale.conditioning.base import Conditioning
 from genscale.errors import ConfigError
 from genscale.layers.attention import SelfAttention
 from genscale.resolution import Preset, preset_named, refusal
@@ -36,6 +37,7 @@ from genscale.resolution.cascades import (
     moved_patches,
 )
 from genscale.resolution.entropy import EntropyAttention
+from genscale.resolution.flow_guided import Projection
 from genscale.resolution.hidiffusion import HiDiffusion
 from genscale.resolution.presets import (
     Entropy,
@@ -53,6 +55,9 @@ from genscale.resolution.presets import (
 )
 from genscale.resolution.pyramid import Pyramid
 from genscale.resolution.rotary import RotaryScaling
+from genscale.resolution.sampling import Stage
+from genscale.resolution.swin_patches import SwinPatches
+from genscale.resolution.text_tiles import TextTiles, joins_words
 from genscale.resolution.window_cascades import LSRNA, AccDiffusion, CUpscale, DemoFusion
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,13 +153,16 @@ def test_impossible_settings_are_refused(make: Any, message: str) -> None:
         make()
 
 
-def test_what_a_network_has_nothing_for_is_left_out_or_refused() -> None:
+def test_what_a_network_has_nothing_for_is_left_out_or_refused(
+    models: dict[str, nn.Module],
+) -> None:
     plain, turned = SelfAttention(8, 2), SelfAttention(8, 2, axial_rope=True)
     both = [EntropyAttention(), RotaryScaling()]
     assert fitting(plain, both) == both[:1]
     assert fitting(turned, both) == both
     assert [len(adapted_attention(m, 10.0)) for m in (plain, turned, nn.Identity())] == [1, 2, 0]
     assert len(moved_patches(plain, (8, 8))) == 1
+    assert [joins_words(network) for network in (plain, models["FLUX"])] == [False, True]
     assert isinstance(traits(plain), Traits)
     assert (traits(plain).rotary, traits(turned).rotary) == (False, True)
     assert (traits(plain).tokens, traits(turned).tokens) == (True, False)
@@ -194,3 +202,19 @@ def test_a_base_preset_is_nothing_but_the_size() -> None:
     assert preset.finished(latents, latents) is latents
     assert DemoFusion().called_at(nn.Identity(), (8, 8), (20, 12)) == [(8, 8), (10, 6)]
     assert [HiFlow().strength_of(i) for i in range(3)] == [0.533, 0.333, 0.333]
+
+
+def test_a_larger_run_takes_the_operators_that_its_network_has_something_for(
+    models: dict[str, nn.Module],
+) -> None:
+    latents = torch.zeros(1, 1, 16, 16)
+    stage = Stage(
+        **{"index": 0, "native": (8, 8), "before": (8, 8), "sides": (16, 16), "steps": 4},
+        **{"small": latents[..., :8, :8], "guide": latents, "noise": latents, "cleans": {}},
+        **{"first": 0, "seeds": torch.zeros(1, dtype=torch.int64), "cond": Conditioning()},
+    )
+    kinds = [type(op) for op in IMax().guided(models["FLUX"], stage)]
+    assert kinds == [EntropyAttention, RotaryScaling, TextTiles, SwinPatches, Projection]
+    kinds = [type(op) for op in IMax(swin_patches=False).guided(models["dit, sit"], stage)]
+    assert kinds == [EntropyAttention, Projection]
+    assert TextTiles not in map(type, IMax(text_tiles=False).guided(models["FLUX"], stage))
