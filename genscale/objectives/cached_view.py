@@ -69,7 +69,8 @@ class CachedView(NetworkView):
             memory: of the call before; None begins a video.
         """
         if memory is None:
-            memory = self.begin(len(x), self.sample_shape)
+            # windows and moved patches are of other sides than the video
+            memory = self.begin(len(x), (*self.sample_shape[:2], *x.shape[-2:]))
         return super().__call__(x, shared_by_frames(level, len(x)), cond, memory)
 
 
