@@ -45,6 +45,8 @@ class Preset:
         uses: traits it makes use of where they are.
         family: whose samplers a cascade takes, ``"diffusion"`` or ``"scale_wise"``.
         cascade: whether it goes from a run at the trained size to larger ones.
+        whole: whether operators follow the steps of whole samples or spread calls over windows,
+            which samplers of blocks of frames have not.
         records: whether larger runs read the estimates of the run before, step by step.
         doubling: whether a cascade's sizes double, rather than grow by the trained size.
         enlarge: how a cascade's results become guides, ``"latent"`` or ``"pixel"``.
@@ -55,6 +57,7 @@ class Preset:
     uses: ClassVar[tuple[str, ...]] = ()
     family: ClassVar[Family] = "diffusion"
     cascade: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
     records: ClassVar[bool] = False
     doubling: ClassVar[bool] = False
     enlarge: Literal["latent", "pixel"] = "latent"
@@ -207,6 +210,7 @@ class Lumina(Preset):
     """
 
     name = "lumina"
+    whole = True
     needs = ("rotary", "continuous")
     uses = ("rotary", "entropy")
 
@@ -230,6 +234,7 @@ class MultiDiffusion(Preset):
     """
 
     name = "multidiffusion"
+    whole = True
     needs = ("continuous",)
 
     def __init__(

@@ -28,6 +28,7 @@ from genscale.resolution.frequency import by_frames
 from genscale.resolution.presets import Preset, operators_of
 from genscale.resolution.scaled_view import RunLevels, ScaledGuidance, ScaledView, flow_time
 from genscale.samplers.base import Sampler, State
+from genscale.samplers.blocks import Blocks
 from genscale.samplers.diffusers_bridge import DiffusersSampler
 from genscale.samplers.grid import GridSampler
 from genscale.samplers.schedules import Linear
@@ -385,6 +386,11 @@ def _check_sizes(model: nn.Module, sizes: Sequence[Sides]) -> None:
 
 def sampler_refusal(solver: Sampler, preset: Preset) -> str | None:
     """Return why a sampler cannot serve a preset, in a sentence; None where it can."""
+    if preset.whole and isinstance(solver, Blocks):
+        return (
+            f"resolution={preset.name} needs all frames at every step, of which {solver.label} "
+            "takes some and remembers the others. Use sampler=euler, or resolution=entropy."
+        )
     if not preset.cascade or preset.family == solver.family == "scale_wise":
         return None
     steps = isinstance(solver, GridSampler) and not isinstance(solver, DiffusersSampler)

@@ -43,6 +43,7 @@ from genscale.resolution.sampling import (
 )
 from genscale.resolution.scaled_view import RunLevels, ScaledGuidance, ScaledView, flow_time
 from genscale.resolution.swin_patches import SwinPatches
+from genscale.samplers.blocks import Blocks
 from genscale.samplers.diffusers_bridge import DiffusersSampler
 from genscale.samplers.multistep import DPMSolverMultistep
 from genscale.samplers.ode import Euler, Heun
@@ -50,6 +51,7 @@ from genscale.samplers.schedules import Karras
 from genscale.samplers.sde import DDIM
 
 SEEDS = torch.tensor([5, 6])
+BLOCKS = Blocks(2, block_size=1, trained_frames=3)
 COND = Conditioning(
     labels=torch.tensor([0, 1]),
     text=torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1)),
@@ -309,6 +311,10 @@ def test_what_does_not_fit_is_refused_in_a_sentence(model: DiT) -> None:
     with pytest.raises(ConfigError, match=r"begin at any level.*Use sampler=ddim"):
         sample(model, "hiflow", DiffusersSampler("DDIMScheduler", 4))
     assert sampler_refusal(DiffusersSampler("DDIMScheduler", 4), preset_named("entropy")) is None
+    for name in ("lumina", "multidiffusion"):
+        sentence = str(sampler_refusal(BLOCKS, preset_named(name)))
+        assert sentence.startswith(f"resolution={name} needs all frames at every step, of which Bl")
+    assert sampler_refusal(BLOCKS, preset_named("ntk")) is None
     with pytest.raises(ConfigError, match=r"8 x 8 here, but 4 x 16 was asked for"):
         sample(model, "demofusion", Euler(3), target=(4, 16))
     with pytest.raises(ConfigError, match=r"lsrna looks at pictures"):
