@@ -13,12 +13,7 @@ from torch import Tensor, nn
 
 from genscale.errors import ConfigError
 from genscale.resolution.base import Patches, ResolutionOp, Sides, linear_factor
-from genscale.resolution.branches import (
-    check_halves,
-    prediction_of,
-    rows_of,
-    with_prediction,
-)
+from genscale.resolution.branches import check_halves, prediction_of, rows_of, with_prediction
 
 SDXL_LAYERS = (
     "mid_block.resnets.*.conv[12]",
@@ -225,7 +220,8 @@ class NoiseDampedConvs(DilatedConvs):
     def _damped(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             out = plain(x, *args, **kwargs)
-            if self.step >= self.damped_until:
+            # where nothing is dilated any more, the base is the network itself
+            if self.step >= min(self.damped_until, self.until):
                 return out
             check_halves(x, "Noise-damped guidance", "use ScaleCrafter with ndcfg_tau=0")
             first = slice(len(x) // 2)

@@ -131,6 +131,13 @@ def test_guidance_can_start_from_a_less_dilated_network(return_dict: bool) -> No
                 torch.testing.assert_close(guided(call(), scale), expected)
             scaled.pre_step(x, 0.5, 3)  # dilated still, but guided as usual
             torch.testing.assert_close(call(), torch.cat((dilated_uncond, dilated_cond)))
+            op.damped_until = 9  # longer than anything is dilated
+            calls: list[int] = []
+            model.convs[0].register_forward_hook(lambda *call: calls.append(len(call[2])))
+            for step in (0, 5):
+                scaled.pre_step(x, 0.5, step)
+                call()
+            assert calls == [4, 2, 4]  # no second pass once nothing is dilated
             scaled.pre_step(x, 0.5, 0)
             pair = pair[:3]
             words, more = words[:3], {"text": more["text"][:3]}

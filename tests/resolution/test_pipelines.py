@@ -7,12 +7,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -23,29 +20,12 @@ from genscale.resolution import ResolutionOp, apply_resolution
 from genscale.resolution.branches import check_halves, prediction_of, rows_of, with_prediction
 from genscale.resolution.pipelines import noise_share, pipeline_callback
 from genscale.resolution.presets import FouriScale, ScaleCrafter
+from tests.upscaling.test_latent_upscaler import sd_pipe
 
 
 @pytest.fixture
 def pipe() -> Any:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=4,
-    )
-    vae = AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=4)
-    pipe = StableDiffusionPipeline(
-        *(vae, None, None, unet, DDIMScheduler(clip_sample=False, steps_offset=1)),
-        *(None, None),
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return sd_pipe()[0]
 
 
 def made(pipe: Any, **settings: Any) -> Tensor:

@@ -16,7 +16,6 @@ from genscale.data.base import TensorImages
 from genscale.data.stream import GlobalStream
 from genscale.errors import ConfigError
 from genscale.io.images import from_uint8
-from genscale.metrics.features import FeatureNetwork
 from genscale.metrics.pixels import Pixels
 from genscale.metrics.reconstruction import picture_psnr
 from genscale.training.kept_latents import KeptLatents
@@ -45,6 +44,7 @@ from genscale.upscaling.latent_space import autoencoder_facts, decoder_affine, s
 from genscale.upscaling.loading import facts_of, save_upscaler
 from genscale.upscaling.lua import LUA
 from genscale.upscaling.swinir import SwinIR
+from tests.autoencoders.test_tokenizer_training import Slopes
 
 TINY: dict[str, Any] = {
     "input_size": 8,
@@ -54,23 +54,6 @@ TINY: dict[str, Any] = {
     "num_heads": [2],
     "drop_path": 0.0,
 }
-
-
-class Brightness(FeatureNetwork):
-    """The picture and its negative, as a network whose numbers can be written down."""
-
-    name, tap, taps, resize, gives_maps = "brightness", "mean", {"mean": 2}, "none", True
-
-    @property
-    def sha256(self) -> str:
-        return "0" * 64
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def maps(self, images: Tensor) -> list[Tensor]:
-        grey = images.mean(1, keepdim=True)
-        return [torch.cat([grey, 1 - grey], dim=1)]
 
 
 class Squares(Variational):
@@ -191,7 +174,7 @@ class TestStages:
             ({"weights": {"pixel": {"lpips": 1}}}, "objective.weights.pixel names 'lpips'"),
             ({"weights": {"latent": {"latent_l1": -1}}}, "must not be negative"),
             ({"weights": {"pixel": {"perceptual": 1}}}, "only the weight was given"),
-            ({"perceptual": Brightness()}, "only the network was given"),
+            ({"perceptual": Slopes()}, "only the network was given"),
             ({"one_head_last": 2.0}, r"one_head_last must lie in \[0, 1\]"),
             ({"downscaled_by": 0}, "downscaled_by must be a whole number"),
             ({"frozen_steps": 5}, "are of a LUA to go on from"),
@@ -234,7 +217,7 @@ class TestLatents:
             torch.testing.assert_close(out.by_group[MODEL].detach(), total)
 
     def test_maps_of_a_network_are_a_further_loss_of_pixels(self) -> None:
-        network = Brightness()
+        network = Slopes()
         training = self.training(perceptual=network, weights={"pixel": {"perceptual": 3.0}})
         out, plain = (losses(each, batch(10)) for each in (training, self.training()))
         apart = sum(out.terms[f"loss_perceptual_x{scale}"] for scale in (2, 4))
